@@ -1,0 +1,56 @@
+"""What a neural network has learned, and what it has merely stored."""
+
+from ntkscope._checks import InputError, InputTypeError, UnsupportedError, UserError
+from ntkscope.analysis import analyze
+from ntkscope.dynamics.closure import Closure
+from ntkscope.dynamics.dissipation import Dissipation
+from ntkscope.dynamics.drift import Drift
+from ntkscope.gate.optimizer import GatedAdamW
+from ntkscope.gate.step import gate_values, gated_adam_step
+from ntkscope.kernel.coverage import Coverage
+from ntkscope.kernel.gram import Gram, ntk_gram
+from ntkscope.record.recorder import Recorder
+from ntkscope.record.snapshot import Snapshot
+from ntkscope.record.trace import Trace, load_trace
+from ntkscope.results import Analysis, GateStats, History, RunInfo, Window
+from ntkscope.spectrum.channels import ChannelSplit
+from ntkscope.spectrum.cutoffs import Cutoff
+from ntkscope.spectrum.eigen import Spectrum
+from ntkscope.spectrum.examples import Examples
+
+__all__ = [
+    # kernel
+    "Coverage",
+    "Gram",
+    "ntk_gram",
+    # dynamics
+    "Closure",
+    "Dissipation",
+    "Drift",
+    # spectrum
+    "ChannelSplit",
+    "Cutoff",
+    "Examples",
+    "Spectrum",
+    # gate
+    "GatedAdamW",
+    "gate_values",
+    "gated_adam_step",
+    # record
+    "Recorder",
+    "Snapshot",
+    "Trace",
+    "load_trace",
+    # analysis
+    "Analysis",
+    "GateStats",
+    "History",
+    "RunInfo",
+    "Window",
+    "analyze",
+    # errors
+    "InputError",
+    "InputTypeError",
+    "UnsupportedError",
+    "UserError",
+]

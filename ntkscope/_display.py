@@ -1,0 +1,46 @@
+"""The one lazy door from results to `view/`: importing ntkscope must not load plotly, jinja2 or rich.
+
+This is the only module allowed to import inside a function (tests/test_layering.py).
+"""
+
+from typing import Any
+
+
+class Displayed:
+    """Adds the notebook representation to a result."""
+
+    def _repr_html_(self) -> str:
+        from ntkscope.view import notebook
+
+        return notebook.html_of(self)
+
+
+class Plots:
+    """Figures of an analysis: `analysis.plot.spectrum()` and so on; each returns a plotly Figure."""
+
+    def __init__(self, analysis: Any) -> None:
+        self._analysis = analysis
+
+    def __dir__(self) -> list[str]:
+        from ntkscope.view import figures
+
+        return [*super().__dir__(), *figures.FIGURES]
+
+    def __getattr__(self, name: str) -> Any:
+        from ntkscope.view import figures
+
+        if name not in figures.FIGURES:
+            raise AttributeError(f"no figure {name!r}; there are {', '.join(figures.FIGURES)}")
+        return lambda: figures.FIGURES[name](self._analysis)
+
+
+def write_report(analysis: Any, path: Any) -> None:
+    """Write the HTML report.
+
+    Args:
+        analysis: The result.
+        path: The file.
+    """
+    from ntkscope.view import report
+
+    report.write_report(analysis, path)

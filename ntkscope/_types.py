@@ -1,0 +1,25 @@
+"""Axis names and aliases used in every annotation.
+
+| axis | meaning |
+| --- | --- |
+| `examples` | n, examples of the probe set |
+| `queries` | q, examples of the query set |
+| `classes` | C, outputs of one example |
+| `outputs` | N = n * C, stacked outputs; example i, class c sits at i * C + c |
+| `query_outputs` | q * C |
+| `params` | p, parameters with `requires_grad` |
+| `modes` | directions of the range of B_s, the loss Hessian at the start of the window |
+| `snapshots` | points of a trace |
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+KernelOutputs = Literal["full", "trace"]
+GramMethod = Literal["auto", "autograd"]
+GateKind = Literal["soft", "hard", "snr", "open"]
+
+ForwardFn = Callable[[nn.Module, Any], Tensor]
+LossFn = Callable[[Tensor, Tensor], Tensor]

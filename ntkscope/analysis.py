@@ -1,0 +1,383 @@
+"""The only orchestration: from a record of a run to an `Analysis`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkscope._checks import InputError, check_choice, check_device
+from ntkscope._types import LossFn
+from ntkscope.dynamics.closure import Circumstances, Closure, measure_closure
+from ntkscope.dynamics.dissipation import Dissipation
+from ntkscope.dynamics.drift import Drift, Regime, frozen_query_motion, judge_regime
+from ntkscope.dynamics.loss import NAMED_LOSSES, ProbeLoss, bind_loss
+from ntkscope.record.recorder import Recorder
+from ntkscope.record.snapshot import Snapshot
+from ntkscope.record.source import open_source
+from ntkscope.record.trace import Trace
+from ntkscope.record.trajectory import trace_from_checkpoints
+from ntkscope.results import Analysis, GateStats, History, RunInfo, Window
+from ntkscope.spectrum.channels import ChannelSplit, example_energy, split_channels
+from ntkscope.spectrum.cutoffs import ALWAYS_SHOWN, Cutoff, apply_cutoff, parse_rule
+from ntkscope.spectrum.eigen import Spectrum, dissipation_spectrum
+from ntkscope.spectrum.examples import Examples, class_labels, crossing_times, margins
+from ntkscope.walk import Progress, Row, Walk, walk_trajectory
+
+NUM_MATRICES = 16  # of size N x N, float64, alive at the peak (measured: benchmarks/RESULTS.md)
+
+
+def analyze(
+    source: str | Path | Sequence[str | Path] | Trace | Recorder,
+    *,
+    model: nn.Module | None = None,
+    data: tuple[Any, Tensor] | None = None,
+    query: tuple[Any, Tensor] | None = None,
+    loss: str | LossFn | None = None,
+    times: Sequence[float] | None = None,
+    cutoff: str = "half",
+    window: tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Split what a run learned from what it left alone.
+
+    Args:
+        source: A checkpoint that holds a recorder's state, a trace folder, a `Trace`, a `Recorder`, or (with `model`, `data` and `loss`)
+            two or more bare checkpoints of one run.
+        model: For bare checkpoints: a model of the same architecture.
+        data: For bare checkpoints: inputs and targets of training examples to follow.
+        query: For bare checkpoints: inputs and targets held out.
+        loss: The loss of the run. A record knows it, unless it was a callable and the frozen-kernel baseline is wanted.
+        times: For bare checkpoints: optimizer time of each; else stored step times stored learning rate.
+        cutoff: Rule that separates signal from reservoir: "half" (ω > ½), "fixed:X", "rank:R", "energy:X", "gap", "rank", "mp", "gd", "risk".
+        window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot to the last at which at
+            most a quarter of the directions have ω > ½ and the gradient closure error is at most 25 %, else the whole trace.
+        device: Where to decompose matrices, for example "cuda"; the CPU if not given.
+        max_memory: Bytes; a job that needs more is refused before it starts. No limit if not given.
+        progress: Called with (snapshots done, snapshots in all).
+
+    Returns:
+        The analysis.
+
+    Raises:
+        InputError: If the source cannot be read, holds fewer than two snapshots, the window is outside the trace, or a rule is unknown.
+
+    Source:
+        theory.md sections 2-5 and 8.
+    """
+    parse_rule(cutoff)
+    if isinstance(loss, str):
+        check_choice("loss", loss, NAMED_LOSSES)
+    check_device(device)
+    if isinstance(source, Trace | Recorder) or (model is None and data is None):
+        trace = _trace_of(source)
+    elif model is None or data is None or loss is None:
+        raise InputError("Bare checkpoints need all of `model`, `data` and `loss` (--model, --data, --loss).")
+    else:
+        paths = [source] if isinstance(source, str | Path) else source
+        trace = trace_from_checkpoints(paths, model, data, loss=loss, query=query, times=times, max_memory=max_memory, progress=progress)
+    if len(trace) < 2:
+        raise InputError(
+            f"{trace.source} holds {len(trace)} snapshot(s); a trajectory needs at least two. "
+            "Train for at least one step with the recorder attached, and save recorder.state_dict() after it."
+        )
+    _check_memory(trace, max_memory)
+    start, stop = (0, len(trace) - 1) if window is None else _snap(window, trace.steps)
+    walk = walk_trajectory(trace, start, stop, device=device, progress=progress)
+    end = _default_stop(walk) if window is None else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
+    state = walk.kept if window is None and walk.kept is not None and end.index == walk.kept_index else walk.last
+    return _conclude(trace, walk, end, state, cutoff=cutoff, loss=loss, start=start, device=device)
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where the window ends, and why."""
+
+    index: int
+    reason: str
+
+
+def _trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
+    """Open any source."""
+    if isinstance(source, Recorder):
+        return source.trace
+    return source if isinstance(source, Trace) else open_source(source)
+
+
+def _check_memory(trace: Trace, max_memory: int | None) -> None:
+    """Price the operators before the first is formed."""
+    num_outputs = trace.facts.num_examples * trace.facts.num_classes
+    num_query_outputs = trace.facts.num_query * trace.facts.num_classes
+    needed = 8 * (NUM_MATRICES * num_outputs**2 + 3 * num_query_outputs * num_outputs)
+    if max_memory is not None and needed > max_memory:
+        raise InputError(
+            f"The analysis of {num_outputs} outputs needs about {needed / 2**30:.2f} GiB, more than the {max_memory / 2**30:.2f} GiB allowed. "
+            "Raise max_memory (--max-memory), or record a smaller probe."
+        )
+
+
+def _snap(window: tuple[int, int], steps: list[int]) -> tuple[int, int]:
+    """Snap a window to the nearest snapshots."""
+    first, last = window
+    if not (steps[0] <= first < last <= steps[-1]):
+        raise InputError(
+            f"The window {first}:{last} is outside the trace, or empty. Snapshots run from step {steps[0]} to {steps[-1]}; "
+            "give start:stop with start < stop inside that."
+        )
+    start, stop = (min(range(len(steps)), key=lambda j, step=step: abs(steps[j] - step)) for step in window)
+    if start == stop:
+        raise InputError(
+            f"The window {first}:{last} holds no interval: both ends are nearest to the snapshot at step {steps[start]}. "
+            f"Snapshots near it: {steps[max(0, start - 2) : start + 3]}."
+        )
+    return start, stop
+
+
+def _asked_reason(window: tuple[int, int], steps: list[int], start: int, stop: int) -> str:
+    """Say what became of the window asked for."""
+    return f"asked for {window[0]}:{window[1]}; nearest snapshots {steps[start]} to {steps[stop]}"
+
+
+def _default_stop(walk: Walk) -> _Stop:
+    """Choose the default window: up to the last snapshot where the spectrum still separates and the closure holds."""
+    last = len(walk.history) - 1
+    if walk.kept is None:
+        return _Stop(
+            last,
+            "the whole trace: at no snapshot do at most a quarter of the directions have omega > 1/2 together with a closure error of at most 25 %",
+        )
+    if walk.kept_index == last:
+        return _Stop(
+            last,
+            "the whole trace: to its end at most a quarter of the directions have omega > 1/2 and the closure error is at most 25 %",
+        )
+    reasons = "the last snapshot at which at most a quarter of the directions have omega > 1/2 and the closure error is at most 25 %"
+    return _Stop(walk.kept_index, f"from the first snapshot to {reasons}; later snapshots are shown but not used")
+
+
+def _conclude(
+    trace: Trace,
+    walk: Walk,
+    end: _Stop,
+    state: Dissipation,
+    *,
+    cutoff: str,
+    loss: str | LossFn | None,
+    start: int,
+    device: torch.device | str | None,
+) -> Analysis:
+    """Draw the conclusions at the window's end."""
+    gradient = walk.first.gradient.flatten()
+    spectrum = dissipation_spectrum(state, walk.whitening, gradient, device=device)
+    cutoffs = _cutoffs(cutoff, spectrum, state, walk)
+    chosen = cutoffs[cutoff]
+    if chosen.rank is None:
+        raise InputError(f"Cutoff {cutoff!r} has no answer here: {chosen.note}. Choose another rule, for example 'half'.")
+    channels = split_channels(spectrum, chosen)
+    rows = walk.history[: end.index + 1]
+    closure = _closure(walk, rows, state, trace)
+    regime = _regime(walk, rows, state, trace, loss)
+    facts = trace.facts
+    stability = max((row.stability for row in rows[1:]), default=math.nan)
+    gate, gate_reason = _gate(walk, trace)
+    history = _history(walk)
+    return Analysis(
+        run=RunInfo(
+            source=trace.source,
+            num_examples=facts.num_examples,
+            num_classes=facts.num_classes,
+            num_outputs=facts.num_examples * facts.num_classes,
+            num_params=facts.num_params,
+            num_snapshots=len(trace),
+            num_query=facts.num_query,
+            num_steps=trace.steps[-1],
+            loss=facts.loss,
+            optimizer=facts.optimizer,
+            precond=facts.precond,
+        ),
+        window=Window(rows[0].snapshot.step, rows[-1].snapshot.step, start, start + end.index, end.reason),
+        dissipation=state,
+        spectrum=spectrum,
+        channels=channels,
+        cutoffs=cutoffs,
+        closure=closure,
+        drift=Drift(
+            kernel="plain" if facts.precond == "identity" else "realized",
+            relative=torch.tensor([row.kernel_drift for row in walk.history], dtype=torch.float64),
+            max=max(row.kernel_drift for row in rows),
+            final=rows[-1].kernel_drift,
+        ),
+        stability=stability,
+        regime=regime.name,
+        regime_reason=regime.reason,
+        gate=gate,
+        gate_reason=gate_reason,
+        examples=_examples(trace, spectrum, channels, rows, history),
+        history=history,
+        warnings=_warnings(trace, closure, chosen, stability),
+    )
+
+
+def _cutoffs(cutoff: str, spectrum: Spectrum, state: Dissipation, walk: Walk) -> dict[str, Cutoff]:
+    """Apply every rule, the chosen one first."""
+    num_examples, num_classes = walk.first.outputs.shape
+    # Column a: n times the motion caused by example a's own gradient, so that the mean over examples is the whole motion.
+    caused = num_examples * (state.displacement * walk.first.gradient.flatten()).view(-1, num_examples, num_classes).sum(dim=2)
+    motions = walk.whitening.motion(caused)
+    rules = [cutoff, *(rule for rule in ALWAYS_SHOWN if rule != cutoff)]
+    return {rule: apply_cutoff(rule, spectrum, example_motions=motions) for rule in rules}
+
+
+def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace) -> Closure:
+    """Measure the errors at the window's end."""
+    first, last = rows[0].snapshot, rows[-1].snapshot
+    ratios = torch.tensor([row.local_ratio for row in rows[1:]], dtype=torch.float64)
+    return measure_closure(
+        state,
+        losses=(first.loss, last.loss),
+        gradients=(first.gradient.flatten(), last.gradient.flatten()),
+        query_motion=_query_motion(first, last),
+        has_forcing=last.forcing is not None,
+        circumstances=Circumstances(
+            stability=max((row.stability for row in rows[1:]), default=math.nan),
+            largest_kernel_step=max(row.kernel_step for row in rows),
+            scale_ratio=float(ratios.nanmedian()) if not bool(ratios.isnan().all()) else 1.0,
+            momentum_lag=trace.facts.momentum_lag,
+            num_intervals=len(rows) - 1,
+        ),
+    )
+
+
+def _regime(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, loss: str | LossFn | None) -> Regime:
+    """Ask whether a frozen kernel would have predicted the test motion."""
+    observed = _query_motion(rows[0].snapshot, rows[-1].snapshot)
+    cross = walk.first.cross_kernel
+    if observed is None or cross is None:
+        return Regime("not judged", "the rule compares test motions, and no query set was recorded")
+    if trace.facts.precond != "identity":
+        return Regime("not judged", "the optimizer's preconditioner moves by itself, so a frozen kernel is no baseline")
+    bound = _loss_of(trace, loss, rows[0].snapshot.outputs)
+    if bound is None:
+        return Regime("not judged", f"the loss {trace.facts.loss!r} cannot be rebuilt from its name; give `loss=` to analyze")
+    predicted = frozen_query_motion(walk.first_kernel, cross.double(), rows[0].snapshot.outputs, bound.gradient, state.elapsed)
+    return judge_regime(predicted, observed)
+
+
+def _loss_of(trace: Trace, loss: str | LossFn | None, outputs: Tensor) -> ProbeLoss | None:
+    """Rebuild the loss from what the user gave, or from its recorded name."""
+    if loss is None and trace.facts.loss not in NAMED_LOSSES:
+        return None
+    return bind_loss(trace.facts.loss if loss is None else loss, trace.probe["targets"], outputs)
+
+
+def _gate(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
+    """Collect how open the gate was."""
+    if trace.facts.gate is None:
+        return None, f"{trace.facts.optimizer.partition('(')[0]} has no gate"
+    shares = [(row.snapshot.step, row.snapshot.gate_open) for row in walk.history]
+    known = [(step, share) for step, share in shares if share is not None]
+    if not known:
+        return None, "the snapshots hold no gate statistics"
+    table = torch.stack([share for _, share in known])
+    sizes = torch.tensor(trace.facts.parameter_sizes, dtype=torch.float64)
+    overall = (table * sizes).sum(dim=1) / sizes.sum()
+    by_parameter = {name: table[:, k].contiguous() for k, name in enumerate(trace.facts.parameters)}
+    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter), ""
+
+
+def _examples(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History) -> Examples:
+    """Fill the table of examples."""
+    num_examples, num_classes = rows[-1].snapshot.outputs.shape
+    targets, clean = trace.probe["targets"], trace.probe.get("clean_targets")
+    labels = class_labels(targets, num_classes)
+    true_labels = None if clean is None else class_labels(clean, num_classes)
+    undefined = torch.full((num_examples,), torch.nan, dtype=torch.float64)
+    margin = average = undefined
+    if labels is not None:
+        table = torch.stack([margins(row.snapshot.outputs.double(), labels) for row in rows])
+        steps = torch.tensor([float(row.snapshot.step) for row in rows], dtype=torch.float64)
+        margin, average = table[-1], torch.trapezoid(table, steps, dim=0) / (steps[-1] - steps[0])
+    in_reservoir = example_energy(channels.reservoir_part(spectrum.residual), spectrum.owner, num_examples)
+    whole = example_energy(spectrum.residual, spectrum.owner, num_examples)
+    times = history.times.tolist()
+    is_noise = None
+    if clean is not None:
+        is_noise = (targets != clean).flatten(1).any(dim=1) if targets.ndim > 1 else targets != clean
+    return Examples(
+        ids=list(range(num_examples)),
+        labels=None if labels is None else labels.tolist(),
+        true_labels=None if true_labels is None else true_labels.tolist(),
+        is_noise=is_noise,
+        reservoir_energy=in_reservoir,
+        reservoir_share=in_reservoir / whole.clamp(min=torch.finfo(torch.float64).tiny),
+        loss=_example_losses(trace, rows[-1].snapshot),
+        margin=margin,
+        area_under_margin=average,
+        self_influence=rows[-1].self_influence,
+        half_time=crossing_times(history.example_residual, times, 0.5),
+        quarter_time=crossing_times(history.example_residual, times, 0.25),
+    )
+
+
+def _example_losses(trace: Trace, snapshot: Snapshot) -> Tensor:
+    """Compute each example's own loss; for a loss known only as a callable, its quadratic model n/2 g_iᵀ B_i† g_i."""
+    outputs, targets = snapshot.outputs.double(), trace.probe["targets"]
+    if trace.facts.loss == "cross_entropy":
+        targets = targets.double() if targets.is_floating_point() else targets
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+    num_examples = len(outputs)
+    solved = torch.linalg.pinv(snapshot.hessian, hermitian=True) @ snapshot.gradient[:, :, None]
+    return 0.5 * num_examples * (snapshot.gradient[:, :, None] * solved).sum(dim=(1, 2))
+
+
+def _history(walk: Walk) -> History:
+    """Stack the rows."""
+    rows = walk.history
+    start = walk.first
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    return History(
+        steps=[row.snapshot.step for row in rows],
+        times=column([row.snapshot.time - start.time for row in rows]),
+        loss=column([row.snapshot.loss for row in rows]),
+        predicted_loss=column([start.loss - row.state_energy for row in rows]),
+        gradient_error=column([row.gradient_error for row in rows]),
+        eigvals=torch.stack([row.eigvals for row in rows]),
+        leading=torch.stack([row.leading for row in rows]),
+        example_residual=torch.stack([row.residual_share for row in rows]),
+        signal_share=column([row.signal_share for row in rows]),
+    )
+
+
+def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) -> tuple[str, ...]:
+    """Collect what a reader must know."""
+    found = []
+    if trace.facts.stopped:
+        found.append(trace.facts.stopped)
+    if not closure.trustworthy:
+        found.append(
+            f"Not trustworthy: energy error {closure.energy_error:.1%} (limit 5 %), gradient closure error {closure.gradient_error:.1%} (limit 25 %)."
+        )
+    if stability > 1:
+        found.append(f"The run crossed the edge of stability ({stability:.2f} of the stable limit).")
+    if cutoff.rank == 0:
+        found.append(f"Cutoff {cutoff.rule!r} finds no signal direction: everything is reservoir in this window.")
+    if abs(closure.forcing_share) > 0.01:
+        found.append(f"Weight decay accounts for {closure.forcing_share:.1%} of the dissipated loss; it is left out of the channels.")
+    if trace.facts.momentum_lag > 0:
+        found.append(f"Momentum: the flow lags the optimizer by about {trace.facts.momentum_lag:.0f} steps.")
+    return tuple(found)
+
+
+def _query_motion(first: Snapshot, last: Snapshot) -> Tensor | None:
+    """Compute how far the query outputs moved."""
+    if first.query_outputs is None or last.query_outputs is None:
+        return None
+    return (last.query_outputs.double() - first.query_outputs.double()).flatten()

@@ -1,0 +1,151 @@
+"""How far a window's numbers can be trusted: what the operators predict against what the run did (theory.md section 4)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntkscope._display import Displayed
+from ntkscope.dynamics.dissipation import Dissipation
+
+ENERGY_LIMIT = 0.05
+GRADIENT_LIMIT = 0.25
+LOSS_FLOOR = 1e-3  # of the loss at the start: a window that changes the loss by less has no energy error worth the name
+LARGE_STEP = 0.5  # kernel change between snapshots beyond which an average stands for nothing
+SCALE_LIMIT = 0.1
+
+
+@dataclass(frozen=True)
+class Closure(Displayed):
+    """Errors of one window.
+
+    Attributes:
+        energy_predicted: Loss that the operators say was dissipated.
+        energy_observed: Φ(s) − Φ(T), measured.
+        energy_error: |predicted − observed| / max(|observed|, 1e-3 Φ(s)).
+        gradient_error: ‖predicted g_T − g_T‖ / ‖g_T‖.
+        gradient_error_initial: The same over ‖g_s‖; after interpolation g_T vanishes and the first is no guide.
+        query_error: ‖predicted − observed test motion‖ / ‖observed‖; None without a query set or with a forcing.
+        forcing_share: Share of the dissipated loss that is due to weight decay.
+        trustworthy: Energy error at most 5 % and gradient error at most 25 %.
+        causes: Likely causes of what is not, each with what to do.
+    """
+
+    energy_predicted: float
+    energy_observed: float
+    energy_error: float
+    gradient_error: float
+    gradient_error_initial: float
+    query_error: float | None
+    forcing_share: float
+    trustworthy: bool
+    causes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What is known of a run that may explain an error.
+
+    Attributes:
+        stability: Stability number, edge at 1; NaN if unknown.
+        largest_kernel_step: Largest ‖K_{j+1} − K_j‖ / ‖K_j‖ in the window.
+        scale_ratio: Median over intervals of observed over predicted loss decrease; 1 when the loss has the trained scale.
+        momentum_lag: β/(1 − β), steps.
+        num_intervals: Intervals in the window.
+    """
+
+    stability: float
+    largest_kernel_step: float
+    scale_ratio: float
+    momentum_lag: float
+    num_intervals: int
+
+
+def measure_closure(
+    state: Dissipation,
+    *,
+    losses: tuple[float, float],
+    gradients: tuple[Float[Tensor, " outputs"], Float[Tensor, " outputs"]],
+    query_motion: Float[Tensor, " query_outputs"] | None,
+    has_forcing: bool,
+    circumstances: Circumstances,
+) -> Closure:
+    """Compare a window's predictions with what was observed at its end.
+
+    Args:
+        state: Operators of the window.
+        losses: Φ at its start and end.
+        gradients: g at its start and end.
+        query_motion: Observed motion of the query outputs.
+        has_forcing: Whether weight decay acted.
+        circumstances: What may explain an error.
+
+    Returns:
+        The errors, and if they are too large the likely causes.
+    """
+    observed = losses[0] - losses[1]
+    energy_error = abs(state.energy - observed) / max(abs(observed), LOSS_FLOOR * abs(losses[0]), torch.finfo(torch.float64).tiny)
+    gap = float(torch.linalg.vector_norm(state.gradient - gradients[1]))
+    gradient_error = relative(gap, gradients[1])
+    trustworthy = energy_error <= ENERGY_LIMIT and gradient_error <= GRADIENT_LIMIT
+    query_error = None
+    if query_motion is not None and state.transfer is not None and not has_forcing:
+        query_error = relative(float(torch.linalg.vector_norm(-state.transfer @ gradients[0] - query_motion)), query_motion)
+    return Closure(
+        energy_predicted=state.energy,
+        energy_observed=observed,
+        energy_error=energy_error,
+        gradient_error=gradient_error,
+        gradient_error_initial=relative(gap, gradients[0]),
+        query_error=query_error,
+        forcing_share=(state.energy - state.homogeneous_energy) / state.energy if state.energy else 0.0,
+        trustworthy=trustworthy,
+        causes=() if trustworthy else _likely_causes(circumstances),
+    )
+
+
+def relative(gap: float, reference: Tensor) -> float:
+    """Divide a gap by a norm.
+
+    Args:
+        gap: Norm of a difference.
+        reference: What it is compared with.
+
+    Returns:
+        gap / ‖reference‖; 0 when both vanish, infinite when only the reference does.
+    """
+    norm = float(torch.linalg.vector_norm(reference))
+    if norm == 0.0:
+        return 0.0 if gap == 0.0 else float("inf")
+    return gap / norm
+
+
+def _likely_causes(found: Circumstances) -> tuple[str, ...]:
+    """Name what may be wrong, most telling first."""
+    causes = []
+    if found.stability > 1:
+        causes.append(
+            f"Edge of stability: lr * sharpness is {found.stability:.2f} of the stable limit, so outputs oscillate and gradient flow "
+            "does not describe them. Lower the learning rate, or end the window earlier (--window)."
+        )
+    if abs(found.scale_ratio - 1) > SCALE_LIMIT:
+        causes.append(
+            f"Loss scale or minibatch noise: between snapshots the loss fell {found.scale_ratio:.2f} times as much as predicted (median). "
+            "Give the recorder the loss at the scale you train with, and check gradient clipping and loss scaling."
+        )
+    if found.largest_kernel_step > LARGE_STEP:
+        causes.append(
+            f"Too few snapshots: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
+            "Record with a smaller `drift` or a denser `schedule`, or end the window earlier."
+        )
+    if found.momentum_lag > 1:
+        causes.append(
+            f"Momentum lag: the optimizer acts on gradients about {found.momentum_lag:.0f} steps old, which gradient flow leaves out. "
+            "It shows most in short windows; take a longer one."
+        )
+    causes.append(
+        "Minibatch noise and examples beyond the probe: the operators follow the probe's own mean gradient. "
+        "A larger probe or batch, or a smaller learning rate, brings the run closer to it."
+    )
+    return tuple(causes)

@@ -1,0 +1,141 @@
+"""The operators of one window of training, accumulated interval by interval.
+
+Identity 5 of theory.md section 3 composes intervals:  P = P₂P₁,  W = W₁ + P₁ᵀW₂P₁,  D = D₁ + D₂P₁,  G = G₁ + G₂P₁.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntkscope._checks import InputError
+from ntkscope._display import Displayed
+from ntkscope.dynamics.interval import factor_interval
+
+
+@dataclass(frozen=True)
+class Dissipation(Displayed):
+    """Operators of one window of training (theory.md section 2), float64.
+
+    Attributes:
+        gramian: W, loss per squared output gradient; symmetric positive semidefinite.
+        propagator: P, maps the output gradient at the start to that at the end.
+        displacement: D, train motion is −D g_s.
+        transfer: G, test motion is −G g_s; None without a query set.
+        elapsed: Optimizer time τ of the window.
+        gradient: Predicted output gradient at the end, forcing included.
+        energy: Loss dissipated, predicted: g_sᵀ W g_s without forcing, else the sum of the forced interval energies.
+        homogeneous_energy: The same without the forcing's part, for the forcing's share.
+        sharpness: Largest eigenvalue of B^½ K B^½ in the last interval.
+    """
+
+    gramian: Float[Tensor, "outputs outputs"]
+    propagator: Float[Tensor, "outputs outputs"]
+    displacement: Float[Tensor, "outputs outputs"]
+    transfer: Float[Tensor, "query_outputs outputs"] | None
+    elapsed: float
+    gradient: Float[Tensor, " outputs"]
+    energy: float
+    homogeneous_energy: float
+    sharpness: float
+
+
+def init(gradient: Float[Tensor, " outputs"], *, num_query_outputs: int | None = None) -> Dissipation:
+    """Start a window of no length.
+
+    Args:
+        gradient: Output gradient g_s at its start.
+        num_query_outputs: q * C; None without a query set.
+
+    Returns:
+        P is the identity, all else zero.
+    """
+    start = gradient.detach().to("cpu", torch.float64).flatten()
+    zeros = torch.zeros(len(start), len(start), dtype=torch.float64)
+    transfer = None if num_query_outputs is None else torch.zeros(num_query_outputs, len(start), dtype=torch.float64)
+    return Dissipation(zeros, torch.eye(len(start), dtype=torch.float64), zeros, transfer, 0.0, start, 0.0, 0.0, 0.0)
+
+
+def accumulate(
+    state: Dissipation,
+    gram: Float[Tensor, "outputs outputs"],
+    hessian_blocks: Float[Tensor, "examples classes classes"],
+    elapsed: float,
+    *,
+    cross: Float[Tensor, "query_outputs outputs"] | None = None,
+    forcing: Float[Tensor, " outputs"] | None = None,
+    negative_tolerance: float = 1e-10,
+    device: torch.device | str | None = None,
+) -> Dissipation:
+    """Append one interval to a window; exact for a kernel and a loss Hessian that are constant over it.
+
+    Args:
+        state: The window so far.
+        gram: Average kernel of the interval, J M Jᵀ.
+        hessian_blocks: Average loss Hessian blocks.
+        elapsed: Length in optimizer time, `>= 0`.
+        cross: Average cross kernel J_Q M Jᵀ; needed if the window has a query set.
+        forcing: Average r of du/dτ = −K g − r, the motion that is not minus a gradient (weight decay).
+        negative_tolerance: As for `factor_interval`.
+        device: Where to decompose.
+
+    Returns:
+        The longer window; `state` is unchanged.
+
+    Raises:
+        InputError: If shapes do not fit, time runs backwards, the kernel is not positive semidefinite, or `cross` is missing.
+
+    Example:
+        >>> one = accumulate(init(torch.ones(1)), torch.eye(1), torch.ones(1, 1, 1), elapsed=1e9)
+        >>> one.gramian  # all the loss there was to dissipate: half of g² / b
+        tensor([[0.5000]], dtype=torch.float64)
+
+    Source:
+        theory.md sections 2-4. The discretization and the forcing are ours, not the paper's.
+    """
+    _check_shapes(state, gram, hessian_blocks, cross)
+    interval = factor_interval(gram, hessian_blocks, elapsed, negative_tolerance=negative_tolerance, device=device)
+    coordinates = interval.coordinates(state.propagator)
+    motion = interval.displace(coordinates)  # D_step P
+    transfer = state.transfer
+    if transfer is not None and cross is not None:
+        transfer = transfer + cross.to("cpu", torch.float64) @ interval.average(state.propagator)
+
+    g = state.gradient[:, None]
+    along_gradient = interval.coordinates(g)
+    homogeneous = float(interval.dissipate(along_gradient))
+    gradient, energy = g - interval.apply_hessian(interval.displace(along_gradient)), homogeneous
+    if forcing is not None:
+        r = forcing.detach().to("cpu", torch.float64).flatten()[:, None]
+        moved = -interval.displace(along_gradient) - interval.average_transposed(r)
+        gradient = gradient - interval.average(interval.apply_hessian(r))
+        energy = float(-g.T @ moved - 0.5 * moved.T @ interval.apply_hessian(moved))
+
+    return Dissipation(
+        gramian=state.gramian + interval.dissipate(coordinates),
+        propagator=state.propagator - interval.apply_hessian(motion),
+        displacement=state.displacement + motion,
+        transfer=transfer,
+        elapsed=state.elapsed + elapsed,
+        gradient=gradient.flatten(),
+        energy=state.energy + energy,
+        homogeneous_energy=state.homogeneous_energy + homogeneous,
+        sharpness=float(interval.rates.max()) if len(interval.rates) else 0.0,
+    )
+
+
+def _check_shapes(state: Dissipation, gram: Tensor, hessian_blocks: Tensor, cross: Tensor | None) -> None:
+    """Check that an interval belongs to the window."""
+    num_outputs = len(state.gradient)
+    if gram.shape != (num_outputs, num_outputs):
+        raise InputError(f"`gram` must have shape {(num_outputs, num_outputs)}, as the window began, got {tuple(gram.shape)}.")
+    if hessian_blocks.shape[0] * hessian_blocks.shape[1] != num_outputs or hessian_blocks.shape[1] != hessian_blocks.shape[2]:
+        raise InputError(
+            f"`hessian_blocks` must have shape (examples, classes, classes) with {num_outputs} outputs in all, "
+            f"got {tuple(hessian_blocks.shape)}."
+        )
+    if (state.transfer is None) != (cross is None):
+        raise InputError("Give `cross` for every interval of a window that was begun with `num_query_outputs`, and only then.")
+    if cross is not None and state.transfer is not None and cross.shape != state.transfer.shape:
+        raise InputError(f"`cross` must have shape {tuple(state.transfer.shape)}, got {tuple(cross.shape)}.")

@@ -1,0 +1,1 @@
+"""The gated-Adam step, shared by the optimizer and whatever audits its decisions."""

@@ -1,0 +1,84 @@
+"""Exact Jacobian rows by autograd, for parameters that no layer rule covers.
+
+Two routes: torch.func (vmap over examples), and a plain loop of backward passes for models that vmap refuses
+(data-dependent control flow, `.item()`, some in-place operations).
+"""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntkscope._types import ForwardFn
+from ntkscope.kernel.batch import count_examples, map_batch, take
+from ntkscope.kernel.model import forward_rows
+
+RowRoute = Literal["torch.func", "loop"]
+
+
+class _Forward(nn.Module):
+    """Make `forward_fn(model, batch)` a module, so that functional_call can swap the parameters under it."""
+
+    def __init__(self, model: nn.Module, forward_fn: ForwardFn | None) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_fn = forward_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return forward_rows(self.model, batch, self.forward_fn)
+
+
+def jacobian_rows(
+    model: nn.Module,
+    batch: Any,
+    parameters: dict[str, nn.Parameter],
+    *,
+    forward_fn: ForwardFn | None,
+    route: RowRoute,
+) -> Float[Tensor, "examples classes params"]:
+    """Compute the Jacobian of every output in `parameters`, flattened and side by side.
+
+    Args:
+        model: Any module whose output rows depend on their own input row only.
+        batch: As for `batch_tensors`.
+        parameters: The parameters, by name.
+        forward_fn: The model's call.
+        route: How.
+
+    Returns:
+        Rows of the Jacobian; the columns follow the order of `parameters`.
+    """
+    rows = _rows_by_vmap if route == "torch.func" else _rows_by_loop
+    return rows(model, batch, parameters, forward_fn)
+
+
+def _rows_by_vmap(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> Tensor:
+    module = _Forward(model, forward_fn)
+    selected = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+
+    def outputs_of(selected: dict[str, Tensor], example: Any) -> Tensor:
+        single = map_batch(lambda tensor: tensor.unsqueeze(0), example)
+        return torch.func.functional_call(module, selected, (single,)).squeeze(0)
+
+    with warnings.catch_warnings():
+        # torch warns where an operation is slow under vmap; the result is exact, and the user can do nothing about it.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        jacobian = torch.func.vmap(torch.func.jacrev(outputs_of), in_dims=(None, 0))(selected, batch)
+    return torch.cat([jacobian[name].detach().flatten(2) for name in selected], dim=2)
+
+
+def _rows_by_loop(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> Tensor:
+    wanted = list(parameters.values())
+    rows = []
+    for i in range(count_examples(batch)):
+        outputs = forward_rows(model, take(batch, slice(i, i + 1)), forward_fn).squeeze(0)
+        for output in outputs:
+            if not output.requires_grad:  # this example reaches no parameter at all
+                grads = [None] * len(wanted)
+            else:
+                grads = torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
+            flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)]
+            rows.append(torch.cat([part.detach().flatten() for part in flat]))
+    return torch.stack(rows).reshape(count_examples(batch), -1, rows[0].numel())

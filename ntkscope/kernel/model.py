@@ -1,0 +1,89 @@
+"""The model as a function from a batch to rows of outputs, and the parameters the kernel is taken in."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntkscope._checks import InputError, InputTypeError, UnsupportedError, check_finite
+from ntkscope._types import ForwardFn
+from ntkscope.kernel.batch import count_examples
+
+
+def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Float[Tensor, "examples classes"]:
+    """Run the model and view its output as one row per example.
+
+    Args:
+        model: Any module.
+        batch: As for `batch_tensors`; passed as the model's single argument unless `forward_fn` says otherwise.
+        forward_fn: The model's call, `forward_fn(model, batch)`.
+
+    Returns:
+        Outputs; all axes after the first are flattened, a missing second axis has length one.
+
+    Raises:
+        InputTypeError: If the output is no tensor, or not of a floating-point type.
+        InputError: If its first axis is not the examples.
+    """
+    outputs = forward_fn(model, batch) if forward_fn is not None else model(batch)
+    if not isinstance(outputs, Tensor):
+        raise InputTypeError(
+            f"The model must return a tensor of shape (examples, outputs), got {type(outputs).__name__}. "
+            "Give `forward_fn(model, batch)` that picks the tensor, for example `lambda model, batch: model(batch)[0]`."
+        )
+    if not outputs.is_floating_point():
+        raise InputTypeError(f"The model must return real floating-point outputs (logits, not labels), got {outputs.dtype}.")
+    num_examples = count_examples(batch)
+    if outputs.ndim == 0 or outputs.shape[0] != num_examples:
+        raise InputError(
+            f"The model's output must have one row per example: the batch has {num_examples} examples, "
+            f"the output has shape {tuple(outputs.shape)}. The loss belongs in `loss=`, not in the model."
+        )
+    return outputs.reshape(num_examples, -1)
+
+
+def select_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """List the parameters of the kernel, tied ones once, under their first name.
+
+    Args:
+        model: Any module.
+        names: A subset of `named_parameters()`; all that require gradients if not given.
+
+    Returns:
+        Parameters by name.
+
+    Raises:
+        InputError: If there is none, a name is unknown, or a weight is not finite.
+        UnsupportedError: If a parameter is complex or not yet initialized.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if names is not None:
+        wanted = list(names)
+        unknown = sorted(set(wanted) - set(trainable))
+        if unknown:
+            raise InputError(f"`params` names {unknown}, which the model does not train. It trains: {', '.join(trainable) or 'nothing'}.")
+        trainable = {name: trainable[name] for name in wanted}
+    if not trainable:
+        raise InputError("The model has no parameter with requires_grad, so its tangent kernel is empty. Unfreeze a layer.")
+    for name, parameter in trainable.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedError(f"Parameter `{name}` is lazy and has no shape yet. Run one batch through the model first.")
+        if parameter.is_complex():
+            raise UnsupportedError(f"Parameter `{name}` is complex; only real parameters are supported.")
+        check_finite(f"Parameter `{name}`", parameter.detach(), "The run has diverged, or the file is damaged: use an earlier one.")
+    return trainable
+
+
+def working_dtype(parameters: dict[str, nn.Parameter]) -> torch.dtype:
+    """Choose the dtype in which factors are contracted.
+
+    Args:
+        parameters: Parameters of the kernel.
+
+    Returns:
+        float64 if any parameter is, else float32 (half precision accumulates too little).
+    """
+    is_double = any(parameter.dtype == torch.float64 for parameter in parameters.values())
+    return torch.float64 if is_double else torch.float32

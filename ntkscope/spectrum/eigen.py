@@ -1,0 +1,99 @@
+"""The two spectra of a window: ω of the whitened Gramian, κ of the whitened propagator (theory.md section 5)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ntkscope._checks import InputError
+from ntkscope._display import Displayed
+from ntkscope._eigh import eigh
+from ntkscope.dynamics.dissipation import Dissipation
+from ntkscope.spectrum.whitening import OUTSIDE_TOLERANCE, Whitening
+
+
+@dataclass(frozen=True)
+class Spectrum(Displayed):
+    """Spectra of one window.
+
+    Attributes:
+        eigvals: ω, share of the loss along each direction that training dissipated; descending, dimensionless. In [0, 1) for a
+            constant loss Hessian, else it may exceed 1.
+        eigvecs: Directions as columns, in the coordinates of R.
+        log_dissipation: κ = −log of the singular values of P̃, descending; float64 resolves it to about 36. It belongs to
+            its own directions and is not a function of ω unless B is constant.
+        residual: h = B_s^{†½} g_s, the whitened gradient at the start.
+        owner: Example of each coordinate of R.
+        effective_rank: exp of the entropy of ω / Σω.
+        stable_rank: Σω / ω_1.
+    """
+
+    eigvals: Float[Tensor, " modes"]
+    eigvecs: Float[Tensor, "modes modes"]
+    log_dissipation: Float[Tensor, " modes"]
+    residual: Float[Tensor, " modes"]
+    owner: Int[Tensor, " modes"]
+    effective_rank: float
+    stable_rank: float
+
+
+def dissipation_spectrum(
+    state: Dissipation, whitening: Whitening, gradient: Float[Tensor, " outputs"], *, device: torch.device | str | None = None
+) -> Spectrum:
+    """Decompose Ω = 2 B^½ W B^½ and P̃ = B^{†½} P B^½ on R.
+
+    Args:
+        state: Operators of the window.
+        whitening: Of B_s, the loss Hessian at its start.
+        gradient: g_s.
+        device: Where to decompose.
+
+    Returns:
+        The spectra.
+
+    Raises:
+        InputError: If the gradient has a part outside the range of B_s: Ω then misses some of the loss (Huber's linear zone).
+
+    Source:
+        theory.md section 5. The whitening by B_s on both sides is ours.
+    """
+    outside = whitening.unexplained(gradient)
+    if outside > OUTSIDE_TOLERANCE:
+        raise InputError(
+            f"A share {outside:.1e} of the output gradient lies where the loss has no curvature, so Omega would miss it "
+            "(a piecewise linear loss?). Start the window where the loss is curved, or use a smooth loss."
+        )
+    eigvals, eigvecs = eigh(whitened_gramian(state, whitening), device=device)
+    eigvals = eigvals.clamp(min=0.0)  # W is positive semidefinite by construction; what is below zero is rounding
+    rotated = whitening.gradient(state.propagator)  # B^{†½} P, then P B^½ as motions of its rows
+    propagator = whitening.motion(rotated.T.contiguous()).T
+    singular = torch.linalg.svdvals(propagator)
+    log_dissipation = -singular.clamp(min=torch.finfo(torch.float64).tiny).log()
+    total, largest = float(eigvals.sum()), float(eigvals[0])
+    shares = eigvals / total if total > 0 else eigvals
+    entropy = -float(torch.special.xlogy(shares, shares).sum())
+    return Spectrum(
+        eigvals=eigvals,
+        eigvecs=eigvecs,
+        log_dissipation=log_dissipation.flip(0),
+        residual=whitening.gradient(gradient[:, None]).flatten(),
+        owner=whitening.owner,
+        effective_rank=math.exp(entropy) if total > 0 else 0.0,
+        stable_rank=total / largest if largest > 0 else 0.0,
+    )
+
+
+def whitened_gramian(state: Dissipation, whitening: Whitening) -> Float[Tensor, "modes modes"]:
+    """Compute Ω = 2 B_s^½ W B_s^½ on R.
+
+    Args:
+        state: Operators of the window.
+        whitening: Of B_s.
+
+    Returns:
+        Symmetric positive semidefinite.
+    """
+    half = whitening.motion(state.gramian)  # [modes, outputs]
+    return 2 * whitening.motion(half.T.contiguous())

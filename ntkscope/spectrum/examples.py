@@ -1,0 +1,151 @@
+"""One row per probe example: its reservoir energy, and beside it what else would rank suspicious labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from ntkscope._display import Displayed
+
+# Whether a large value is suspicious; a wrong label has a small margin.
+SUSPICIOUS_WHEN_LARGE = {
+    "reservoir_energy": True,
+    "loss": True,
+    "margin": False,
+    "area_under_margin": False,
+    "self_influence": True,
+    "quarter_time": True,
+}
+
+
+@dataclass(frozen=True)
+class Examples(Displayed):
+    """The table of examples (theory.md section 8).
+
+    Attributes:
+        ids: Row of each example in the probe.
+        labels: Given labels; None for regression.
+        true_labels: Clean labels, where noise was planted.
+        is_noise: Whether the label was planted wrong; None if unknown.
+        reservoir_energy: ‖[(I − Π) h]_i‖², loss units times two.
+        reservoir_share: That over ‖h_i‖².
+        loss: Loss at the window's end.
+        margin: Output of the label minus the largest other, at the window's end; NaN for regression.
+        area_under_margin: Margin averaged over the window's steps.
+        self_influence: Σ_c K[(i,c),(i,c)] at the window's end.
+        half_time: Optimizer time at which half of the example's squared residual was gone; infinite if never.
+        quarter_time: Likewise, when a quarter is left.
+    """
+
+    ids: list[int]
+    labels: list[int] | None
+    true_labels: list[int] | None
+    is_noise: Bool[Tensor, " examples"] | None
+    reservoir_energy: Float[Tensor, " examples"]
+    reservoir_share: Float[Tensor, " examples"]
+    loss: Float[Tensor, " examples"]
+    margin: Float[Tensor, " examples"]
+    area_under_margin: Float[Tensor, " examples"]
+    self_influence: Float[Tensor, " examples"]
+    half_time: Float[Tensor, " examples"]
+    quarter_time: Float[Tensor, " examples"]
+
+    def ranking(self) -> list[int]:
+        """Order the examples, most suspicious first.
+
+        Returns:
+            Positions, by descending reservoir energy.
+        """
+        return self.reservoir_energy.argsort(descending=True, stable=True).tolist()
+
+    @property
+    def auroc(self) -> dict[str, float] | None:
+        """How well each score ranks the planted wrong labels; None if they are unknown or there is only one kind."""
+        if self.is_noise is None or not 0 < int(self.is_noise.sum()) < len(self.ids):
+            return None
+        scores = {}
+        for name, is_large in SUSPICIOUS_WHEN_LARGE.items():
+            values: Tensor = getattr(self, name)
+            if not bool(torch.isnan(values).any()):
+                scores[name] = area_under_roc(values if is_large else -values, self.is_noise)
+        return scores
+
+
+def area_under_roc(scores: Float[Tensor, " examples"], is_positive: Bool[Tensor, " examples"]) -> float:
+    """Compute the chance that a positive scores above a negative; ties count half.
+
+    Args:
+        scores: Finite or infinite.
+        is_positive: Both kinds present.
+
+    Returns:
+        AUROC: the Mann–Whitney U over the number of pairs.
+
+    Example:
+        >>> area_under_roc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+        1.0
+    """
+    positives, negatives = scores[is_positive].numpy(), scores[~is_positive].numpy()
+    return float(mannwhitneyu(positives, negatives, method="asymptotic").statistic) / (len(positives) * len(negatives))
+
+
+def class_labels(targets: Tensor, num_classes: int) -> Tensor | None:
+    """Read labels from targets.
+
+    Args:
+        targets: Integer labels, or one row per example that peaks at its label.
+        num_classes: C.
+
+    Returns:
+        Integer labels; None where there are none (regression).
+    """
+    if num_classes < 2:
+        return None
+    if targets.ndim == 1 and not targets.is_floating_point():
+        return targets.long()
+    if targets.ndim == 2 and targets.shape[1] == num_classes:
+        peaks = (targets == targets.amax(dim=1, keepdim=True)).sum(dim=1)
+        is_one_hot = bool((peaks == 1).all()) and bool((targets.double() >= 0).all())
+        return targets.argmax(dim=1) if is_one_hot else None
+    return None
+
+
+def margins(outputs: Float[Tensor, "examples classes"], labels: Tensor) -> Float[Tensor, " examples"]:
+    """Compute the output of the label minus the largest other.
+
+    Args:
+        outputs: Model outputs.
+        labels: Integer labels.
+
+    Returns:
+        Margins; negative means misclassified.
+    """
+    own = outputs.gather(1, labels[:, None]).squeeze(1)
+    others = outputs.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return own - others
+
+
+def crossing_times(shares: Float[Tensor, "snapshots examples"], times: Sequence[float], level: float) -> Float[Tensor, " examples"]:
+    """Find when each example's share of residual first falls below a level, linear in log τ between snapshots.
+
+    Args:
+        shares: Share of the initial squared residual that is left.
+        times: Optimizer time since the window's start; the first is 0.
+        level: For example ½.
+
+    Returns:
+        Times; infinite where never reached.
+    """
+    found = torch.full((shares.shape[1],), torch.inf, dtype=torch.float64)
+    logs = torch.tensor(times, dtype=torch.float64).log()
+    for j in range(1, len(shares)):
+        before, after = shares[j - 1], shares[j]
+        fraction = ((before - level) / (before - after)).clamp(0.0, 1.0)
+        at = torch.exp(logs[j - 1] + fraction * (logs[j] - logs[j - 1]))
+        if times[j - 1] == 0.0:  # log 0: linear in τ on the first interval
+            at = fraction * times[j]
+        found = torch.where((after < level) & torch.isinf(found), at, found)
+    return found

@@ -1,0 +1,193 @@
+"""The summary for a terminal: sentences with numbers, one screen, no markup that a pipe or an old encoding could not take."""
+
+import html
+import textwrap
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from ntkscope.view.findings import (
+    SPACE,
+    AnalysisLike,
+    Score,
+    Suspect,
+    Verdict,
+    found_among,
+    headline,
+    learned,
+    next_steps,
+    percent,
+    shown_scores,
+    stored,
+    suspects,
+    verdict,
+)
+
+MAX_WIDTH = 100  # longer lines are hard to read
+NUM_SUSPECTS = 10
+TERMINAL_SCORES = ("reservoir_energy", "loss", "margin", "area_under_margin", "self_influence", "quarter_time")
+NUM_CAUSES = 2  # what fits one screen
+NUM_WARNINGS = 3
+GAP = 2  # columns
+MAX_LINES = 40  # beyond it no blank lines are spent
+HEAD_STYLE = "bold cyan"
+
+ASCII_WORDS = {
+    "Ω": "Omega",
+    "ω": "omega",
+    "κ": "kappa",
+    "τ": "tau",
+    "λ": "lambda",
+    "√": "sqrt ",
+    "½": "1/2",
+    "²": "^2",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "‖": "||",
+    "≥": ">=",
+    "≤": "<=",
+    "→": "->",
+    "×": "x",
+    "·": "*",
+    "…": "...",
+    "’": "'",
+    "“": '"',
+    "”": '"',
+}
+
+
+def print_summary(analysis: AnalysisLike, console: Console) -> None:
+    """Print what was learned, what was stored, how far to trust it, and what to do next.
+
+    Args:
+        analysis: The result.
+        console: Where to; its width and encoding are respected.
+    """
+    width = max(20, min(console.width, MAX_WIDTH))
+    judged = verdict(analysis)
+    run, window = analysis.run, analysis.window
+    lines: list[tuple[str, str]] = []  # (text, style)
+    heads: list[int] = []
+
+    def head(title: str, rest: str = "") -> None:
+        heads.append(len(lines))
+        say(title.upper() + rest, HEAD_STYLE)
+
+    def say(text: str, style: str = "", indent: str = "") -> None:
+        lines.extend((line, style) for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * len(indent)))
+
+    say(headline(analysis), "bold")
+    say(f"{run.source}: {run.num_examples:,} examples, steps {window.start_step:,} to {window.stop_step:,} of {run.num_steps:,}.", "dim")
+    head("Learned")
+    say(" ".join([*learned(analysis), "A direction is one pattern across the outputs of all examples."]))
+    head("In the reservoir")
+    say(" ".join(stored(analysis)))
+    head("Can this be trusted?")
+    say(f"{judged.short}. {' '.join(judged.sentences)}", "" if judged.is_good else "bold")
+    for cause in judged.causes[:NUM_CAUSES]:
+        say(cause, indent="- ")
+    for warning in _shown_warnings(analysis, judged)[:NUM_WARNINGS]:
+        say(warning, indent="! ")
+    scores = shown_scores(analysis, TERMINAL_SCORES)
+    rows = suspects(analysis, scores, NUM_SUSPECTS)
+    if rows:
+        head("Most suspicious examples", _found_words(analysis))
+        lines.extend(_suspect_table(analysis, rows, scores, width))
+    head("Next")
+    for step in next_steps(analysis)[:3]:
+        say(step, indent="- ")
+    if len(lines) + len(heads) <= MAX_LINES:
+        for position in reversed(heads):
+            lines.insert(position, ("", ""))
+    for text, style in lines:
+        console.print(Text(_readable(text, console.encoding), style=style), no_wrap=True, overflow="crop", crop=True)
+
+
+def _shown_warnings(analysis: AnalysisLike, judged: Verdict) -> list[str]:
+    """Leave out the warning that repeats the verdict."""
+    return [warning for warning in analysis.warnings if judged.is_good or not warning.startswith("Not trustworthy")]
+
+
+def _found_words(analysis: AnalysisLike) -> str:
+    """Say how many planted wrong labels the table holds."""
+    found = found_among(analysis, NUM_SUSPECTS)
+    return "" if found is None else f" ({found[0]} of {found[1]} have labels planted wrong, marked *)"
+
+
+def _suspect_table(analysis: AnalysisLike, rows: Sequence[Suspect], scores: Sequence[Score], width: int) -> list[tuple[str, str]]:
+    """Set the table in columns; on a narrow screen the last scores are left out."""
+    has_labels = analysis.examples.labels is not None
+    head = ["example", *(["label"] if has_labels else []), *(score.short for score in scores)]
+    body = [[f"{row.id}{'*' if row.is_noise else ' '}", *([row.label] if has_labels else []), *row.values] for row in rows]
+    aurocs = analysis.examples.auroc
+    foot = []
+    if aurocs:
+        values = [f"{aurocs[score.name]:.2f}" if score.name in aurocs else "" for score in scores]
+        foot = [["AUROC", *([""] if has_labels else []), *values]]
+    table = [head, *body, *foot]
+    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
+    shown = 0
+    while shown < len(head) and sum(widths[: shown + 1]) + GAP * shown <= width:
+        shown += 1
+    shown = max(1, shown)
+    styles = ["underline", *[""] * len(body), *["bold"] * len(foot)]
+    return [((" " * GAP).join(row[k].rjust(widths[k]) for k in range(shown)), style) for row, style in zip(table, styles, strict=True)]
+
+
+def _readable(text: str, encoding: str) -> str:
+    """Write what the console can show: Greek in words where it is not UTF-8, and no control characters."""
+    text = text.replace(SPACE, " ")
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    try:
+        shown.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        for letter, word in ASCII_WORDS.items():
+            shown = shown.replace(letter, word)
+        shown = shown.encode("ascii", errors="replace").decode("ascii")
+    return shown
+
+
+def analysis_html(analysis: AnalysisLike) -> str:
+    """Describe an analysis in a notebook cell.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        A small HTML table.
+    """
+    judged = verdict(analysis)
+    rows = [
+        ("what was found", headline(analysis)),
+        ("learned", " ".join(learned(analysis))),
+        ("reservoir", " ".join(stored(analysis))),
+        ("believe it?", f"{judged.short}. {' '.join(judged.sentences)}"),
+    ]
+    scores = analysis.examples.auroc
+    if scores:
+        rows.append(("AUROC", ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items())))
+    named = ", ".join(f"{row.id} ({percent(float(analysis.examples.reservoir_share[row.position]))})" for row in suspects(analysis, (), 5))
+    if named:
+        rows.append(("most suspicious", f"{named}: share of their initial error in the reservoir"))
+    rows.append(("more", "analysis.plot.spectrum(), analysis.plot.eigenstructure(), analysis.report('report.html')"))
+    return rows_html(rows, f"Analysis of {analysis.run.source}")
+
+
+def rows_html(rows: Sequence[tuple[str, str]], caption: str) -> str:
+    """Set rows of two columns; everything is escaped.
+
+    Args:
+        rows: (name, text).
+        caption: Head of the table.
+
+    Returns:
+        HTML.
+    """
+    body = "".join(
+        f'<tr><th scope="row" style="text-align:left;vertical-align:top">{html.escape(name)}</th>'
+        f'<td style="text-align:left;max-width:48em;white-space:normal">{html.escape(text)}</td></tr>'
+        for name, text in rows
+    )
+    return f'<table><caption style="text-align:left;font-weight:bold">{html.escape(caption)}</caption><tbody>{body}</tbody></table>'

@@ -1,0 +1,184 @@
+"""A synthetic analysis for the views: a frozen linear model with planted wrong labels, as plain namespaces."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+NUM_NOISY = 6
+
+
+def synthetic_analysis(
+    *,
+    num_examples: int = 30,
+    num_classes: int = 4,
+    num_snapshots: int = 12,
+    has_labels: bool = True,
+    has_noise: bool = True,
+    has_gate: bool = False,
+    has_nan: bool = False,
+    is_trustworthy: bool = True,
+    source: str = "runs/digits.pt",
+) -> Any:
+    """Build what `ntkscope.analyze` would return; see /docs for the fields."""
+    generator = torch.Generator().manual_seed(0)
+    num_modes = num_examples * num_classes
+    owner = torch.arange(num_examples).repeat_interleave(num_classes)
+    eigvecs = torch.linalg.qr(torch.randn(num_modes, num_modes, generator=generator, dtype=torch.float64))[0]
+    strength = 4.0 * torch.arange(1, num_modes + 1, dtype=torch.float64) ** -1.3
+    # Right labels agree with the leading directions, wrong ones do not.
+    residual = eigvecs[:, :14] @ (torch.rand(14, generator=generator, dtype=torch.float64) + 0.4)
+    is_noise = torch.zeros(num_examples, dtype=torch.bool)
+    is_noise[torch.randperm(num_examples, generator=generator)[:NUM_NOISY]] = True
+    stray = eigvecs[:, 14:] @ torch.randn(num_modes - 14, generator=generator, dtype=torch.float64)
+    residual = torch.where(is_noise[owner], 0.3 * residual + 0.5 * stray, residual + 0.04 * stray)
+    residual /= residual.norm()
+
+    steps = [0, *(round(1.8**k) + k for k in range(num_snapshots - 1))] if num_snapshots > 1 else [40]
+    times = 0.05 * torch.tensor(steps, dtype=torch.float64)
+    eigvals = 1 - torch.exp(-2 * times[:, None] * strength)
+    coefficients = eigvecs.T @ residual
+    removed = (eigvals * coefficients.square()).sum(dim=1) / coefficients.square().sum()
+    energies = torch.zeros(num_examples, dtype=torch.float64).index_add(0, owner, residual.square())
+    leading, left = [], []
+    for row in range(len(steps)):
+        tilt = 0.25 * row / max(1, len(steps) - 1)
+        turned = eigvecs[:, :3] + tilt * eigvecs[:, 3:6]
+        placed = torch.zeros(num_examples, 3, dtype=torch.float64).index_add(0, owner, turned * residual[:, None])
+        leading.append(placed / energies.sqrt()[:, None] * float(steps[row] > 0))
+        rest = eigvecs @ ((1 - eigvals[row]).clamp(min=0).sqrt() * coefficients)
+        left.append(torch.zeros(num_examples, dtype=torch.float64).index_add(0, owner, rest.square()) / energies)
+    example_residual = torch.stack(left)
+    stop = max(0, len(steps) - 3)
+    loss = 0.45 * (1 - removed)
+    gradient_error = 0.004 * torch.arange(len(steps), dtype=torch.float64) ** 1.6
+
+    final = eigvals[stop]
+    rank = int((final > 0.5).sum())
+    reservoir = eigvecs[:, rank:] @ (eigvecs[:, rank:].T @ residual)
+    reservoir_energy = torch.zeros(num_examples, dtype=torch.float64).index_add(0, owner, reservoir.square())
+    noise = 0.05 * torch.randn(num_examples, generator=generator, dtype=torch.float64)
+    margin = 0.6 - 0.9 * is_noise.double() + 4 * noise
+
+    def times_to(level: float) -> torch.Tensor:
+        found = torch.full((num_examples,), torch.inf, dtype=torch.float64)
+        for row in reversed(range(len(steps))):
+            found = torch.where(example_residual[row] < level, times[row], found)
+        return found
+
+    labels = [int(k) for k in torch.randint(0, num_classes, (num_examples,), generator=generator)]
+    unknown = torch.full((num_examples,), torch.nan, dtype=torch.float64)
+    examples = SimpleNamespace(
+        ids=list(range(num_examples)),
+        labels=labels if has_labels else None,
+        true_labels=[(k + 1) % num_classes if bad else k for k, bad in zip(labels, is_noise, strict=True)] if has_noise else None,
+        is_noise=is_noise if has_noise else None,
+        loss=0.3 * example_residual[stop] + noise.abs(),
+        margin=margin if has_labels else unknown,
+        area_under_margin=margin - 0.2 if has_labels else unknown,
+        self_influence=2 + 20 * noise,
+        reservoir_energy=reservoir_energy,
+        reservoir_share=reservoir_energy / energies,
+        half_time=times_to(0.5),
+        quarter_time=times_to(0.25),
+        ranking=lambda: reservoir_energy.argsort(descending=True).tolist(),
+        auroc={
+            "reservoir_energy": 0.97,
+            "loss": 0.91,
+            "margin": 0.93,
+            "area_under_margin": 0.90,
+            "self_influence": 0.51,
+            "quarter_time": 0.96,
+        }
+        if has_noise
+        else None,
+    )
+    history = SimpleNamespace(
+        steps=steps,
+        times=times,
+        loss=loss,
+        predicted_loss=loss * (1 + 0.02 * torch.randn(len(steps), generator=generator, dtype=torch.float64)),
+        gradient_error=gradient_error,
+        eigvals=eigvals,
+        leading=torch.stack(leading),
+        example_residual=example_residual,
+        signal_share=removed,
+    )
+    if has_nan:
+        history.leading[-1, 0] = torch.nan
+        history.gradient_error[1:] = torch.tensor([torch.inf, torch.nan, *gradient_error[3:]])[: len(steps) - 1]
+        history.predicted_loss[-1] = torch.nan
+        history.eigvals[-1, :2] = torch.nan
+        examples.reservoir_energy[1] = torch.nan
+        examples.reservoir_share[1] = torch.nan
+        examples.self_influence[:] = torch.nan
+        examples.loss[2] = torch.inf
+    cut = lambda rule, threshold, verdict, note="": SimpleNamespace(rule=rule, threshold=threshold, rank=verdict, note=note, selected=None)  # ruff: ignore[lambda-assignment]
+    gate = None
+    if has_gate:
+        share = torch.linspace(1.0, 0.3, len(steps), dtype=torch.float64)
+        gate = SimpleNamespace(
+            kind="soft",
+            steps=steps,
+            open_share=share,
+            by_parameter={f"layers.{k}.weight": share**k for k in range(11)},
+        )
+    causes = () if is_trustworthy else ("Too few snapshots: between two of them the kernel moved by 81% of its size. Record more.",)
+    return SimpleNamespace(
+        run=SimpleNamespace(
+            source=source,
+            num_examples=num_examples,
+            num_classes=num_classes,
+            num_outputs=num_modes,
+            num_params=3658,
+            num_snapshots=num_snapshots,
+            num_query=0,
+            num_steps=steps[-1],
+            loss="squared",
+            optimizer="SGD(lr=0.05)",
+            precond="identity",
+        ),
+        window=SimpleNamespace(
+            start_step=steps[0], stop_step=steps[stop], start=0, stop=stop, reason="from the first snapshot to where it still separates"
+        ),
+        dissipation=SimpleNamespace(),
+        spectrum=SimpleNamespace(
+            eigvals=final,
+            eigvecs=eigvecs,
+            log_dissipation=-0.5 * torch.log1p(-final),
+            residual=residual,
+            owner=owner,
+            effective_rank=33.2,
+            stable_rank=21.9,
+        ),
+        channels=SimpleNamespace(rule="half", threshold=0.5, signal_rank=rank, num_modes=num_modes),
+        cutoffs={
+            "half": cut("half", 0.5, rank),
+            "energy": cut("energy", None, min(num_modes, 3 * rank + 2)),
+            "gap": cut("gap", 1e-3, max(1, num_modes - 2)),
+            "rank": cut("rank", 1e-13, num_modes),
+            "mp": cut("mp", 0.21, max(0, rank - 4), "heuristic: Ω is no sample covariance"),
+            "gd": cut("gd", 1.7, None, "the threshold exceeds the largest ω: no bulk of noise to cut from"),
+        },
+        closure=SimpleNamespace(
+            energy_predicted=float(loss[0] - history.predicted_loss[stop]),
+            energy_observed=float(loss[0] - loss[stop]),
+            energy_error=0.003 if is_trustworthy else 0.42,
+            gradient_error=0.037 if is_trustworthy else math.inf,
+            gradient_error_initial=0.01,
+            query_error=None,
+            forcing_share=0.0,
+            trustworthy=is_trustworthy,
+            causes=causes,
+        ),
+        drift=SimpleNamespace(kernel="plain", relative=torch.linspace(0, 0.7, len(steps), dtype=torch.float64), max=0.61, final=0.6),
+        stability=0.31,
+        regime="not judged",
+        regime_reason="the rule compares test motions, and no query set was recorded",
+        gate=gate,
+        gate_reason="" if has_gate else "SGD has no gate",
+        examples=examples,
+        history=history,
+        warnings=() if is_trustworthy else ("Not trustworthy: energy error 42.0% (limit 5 %).",),
+    )
