@@ -1,9 +1,12 @@
 """The application: one file per command."""
 
+import sys
+
 import typer
 
 from .analyze import analyze
 from .demo import demo
+from .failures import INTERRUPTED
 from .inspect import inspect
 
 app = typer.Typer(
@@ -20,4 +23,7 @@ app.command()(inspect)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after a command's own handler, for example while torch loads
+        sys.exit(INTERRUPTED)

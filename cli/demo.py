@@ -45,12 +45,11 @@ def demo(
         with progress_bar("analyzing", quiet=False) as progress:
             analysis = ntkscope.analyze(checkpoint, progress=progress)
         analysis.save(out)
-        memorized = (
-            f", and reproduces {run.memorized:.0%} of the {int(run.data.is_noise.sum())} wrong labels" if run.data.is_noise.any() else ""
-        )
+        num_wrong = int(run.data.is_noise.sum())
+        memorized = f", and reproduces {run.memorized:.0%} of the {num_wrong} wrong labels" if num_wrong else ""
         print(
-            f"Trained an MLP on {examples} digits for {run.recorder.trace.steps[-1]} steps: it fits {run.train_accuracy:.0%} of the given labels"
-            f"{memorized}; {run.query_accuracy:.0%} of {len(run.data.query_labels)} held-out digits are right.\n"
+            f"Trained an MLP on {examples} digits for {run.recorder.trace.steps[-1]} steps: it fits {run.train_accuracy:.0%} "
+            f"of the given labels{memorized}; {run.query_accuracy:.0%} of {len(run.data.query_labels)} held-out digits are right.\n"
         )
         show(analysis, out, has_report=True)
         print(f"The same again: ntkscope analyze {checkpoint}")

@@ -58,7 +58,9 @@ def check_finite(name: str, tensor: Tensor, advice: str) -> None:
         raise InputError(f"{name} must be finite, got {bad} NaN or infinite of {tensor.numel()} entries. {advice}")
 
 
-def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False) -> None:
+def check_number(
+    name: str, value: float | int, *, low: float | int = -math.inf, high: float | int = math.inf, open_high: bool = False
+) -> None:
     """Check that `value` is a finite number in `[low, high]`, or `[low, high)` with `open_high`.
 
     Args:

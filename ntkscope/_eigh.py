@@ -4,7 +4,7 @@ Always float64, symmetrized, with the residual checked; falls back from the devi
 LAPACK driver. No jitter is ever added.
 """
 
-import scipy.linalg
+import scipy
 import torch
 from jaxtyping import Float
 from torch import Tensor

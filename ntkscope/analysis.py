@@ -54,7 +54,8 @@ def analyze(
         query: For bare checkpoints: inputs and targets held out.
         loss: The loss of the run. A record knows it, unless it was a callable and the frozen-kernel baseline is wanted.
         times: For bare checkpoints: optimizer time of each; else stored step times stored learning rate.
-        cutoff: Rule that separates signal from reservoir: "half" (ω > ½), "fixed:X", "rank:R", "energy:X", "gap", "rank", "mp", "gd", "risk".
+        cutoff: Rule that separates signal from reservoir: "half" (ω > ½), "fixed:X", "rank:R", "energy:X", "gap", "rank", "mp", "gd" or
+            "risk".
         window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot to the last at which at
             most a quarter of the directions have ω > ½ and the gradient closure error is at most 25 %, else the whole trace.
         device: Where to decompose matrices, for example "cuda"; the CPU if not given.
@@ -88,6 +89,7 @@ def analyze(
         )
     _check_memory(trace, max_memory)
     start, stop = (0, len(trace) - 1) if window is None else _snap(window, trace.steps)
+    _check_time(trace, start, stop)
     walk = walk_trajectory(trace, start, stop, device=device, progress=progress)
     end = _default_stop(walk) if window is None else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
     state = walk.kept if window is None and walk.kept is not None and end.index == walk.kept_index else walk.last
@@ -116,8 +118,17 @@ def _check_memory(trace: Trace, max_memory: int | None) -> None:
     needed = 8 * (NUM_MATRICES * num_outputs**2 + 3 * num_query_outputs * num_outputs)
     if max_memory is not None and needed > max_memory:
         raise InputError(
-            f"The analysis of {num_outputs} outputs needs about {needed / 2**30:.2f} GiB, more than the {max_memory / 2**30:.2f} GiB allowed. "
-            "Raise max_memory (--max-memory), or record a smaller probe."
+            f"The analysis of {num_outputs} outputs needs about {needed / 2**30:.2f} GiB, more than the "
+            f"{max_memory / 2**30:.2f} GiB allowed. Raise max_memory (--max-memory), or record a smaller probe."
+        )
+
+
+def _check_time(trace: Trace, start: int, stop: int) -> None:
+    """Check that optimizer time passes in the window."""
+    if trace[start].time == trace[stop].time:
+        raise InputError(
+            f"There is no time between the first and the last snapshot of {trace.source} (both at {trace[start].time:g}): "
+            "was the learning rate zero, or --times the same?"
         )
 
 
@@ -149,7 +160,8 @@ def _default_stop(walk: Walk) -> _Stop:
     if walk.kept is None:
         return _Stop(
             last,
-            "the whole trace: at no snapshot do at most a quarter of the directions have omega > 1/2 together with a closure error of at most 25 %",
+            "the whole trace: at no snapshot do at most a quarter of the directions have omega > 1/2 "
+            "together with a closure error of at most 25 %",
         )
     if walk.kept_index == last:
         return _Stop(
@@ -363,7 +375,8 @@ def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) 
         found.append(trace.facts.stopped)
     if not closure.trustworthy:
         found.append(
-            f"Not trustworthy: energy error {closure.energy_error:.1%} (limit 5 %), gradient closure error {closure.gradient_error:.1%} (limit 25 %)."
+            f"Not trustworthy: energy error {closure.energy_error:.1%} (limit 5 %), "
+            f"gradient closure error {closure.gradient_error:.1%} (limit 25 %)."
         )
     if stability > 1:
         found.append(f"The run crossed the edge of stability ({stability:.2f} of the stable limit).")

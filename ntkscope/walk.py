@@ -78,7 +78,7 @@ def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device
             snapshot.mean_hessian,
             snapshot.time - previous.time,
             cross=_mean(previous.cross_kernel, snapshot.cross_kernel),
-            forcing=_mean(previous.forcing, snapshot.forcing),
+            forcing=_flat_mean(previous.forcing, snapshot.forcing),
             negative_tolerance=max(previous.kernel_eps, snapshot.kernel_eps),
             device=device,
         )
@@ -171,6 +171,12 @@ def _light(snapshot: Snapshot) -> Snapshot:
 def _mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Average two ends of an interval, in float64."""
     return None if first is None or second is None else 0.5 * (first.double() + second.double())
+
+
+def _flat_mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Average, stacked over outputs."""
+    mean = _mean(first, second)
+    return None if mean is None else mean.flatten()
 
 
 def _self_influence(kernel: Tensor, num_examples: int) -> Tensor:

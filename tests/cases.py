@@ -31,9 +31,7 @@ class Case:
     training: bool
     stops_gradient: bool = False  # part of the forward pass is not differentiated: finite differences do not apply
 
-    def build(
-        self, dtype: torch.dtype = torch.float64, *, num_examples: int = NUM_EXAMPLES, draw: int = 0
-    ) -> tuple[nn.Module, Any]:
+    def build(self, dtype: torch.dtype = torch.float64, *, num_examples: int = NUM_EXAMPLES, draw: int = 0) -> tuple[nn.Module, Any]:
         """Return the model in its train or eval mode and inputs number `draw` of `num_examples` examples."""
         seed = zlib.crc32(self.name.encode()) % 2**31
         with torch.random.fork_rng(devices=[]):
@@ -265,9 +263,7 @@ def batch_norm() -> nn.Module:
 
 
 def batch_norm_2d() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6, NUM_CLASSES)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6, NUM_CLASSES))
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.3, 3.0)
     return perturb(model)
@@ -350,9 +346,7 @@ CASES = [
     Case("layer_norm_scale", lambda: perturb(BareScale()), features(4), training=False),
     Case(
         "group_norm",
-        lambda: perturb(
-            nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, C))
-        ),
+        lambda: perturb(nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, C))),
         features(2, 6, 5),
         training=True,
     ),

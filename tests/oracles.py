@@ -231,9 +231,7 @@ def forced(K: Any, B: Any, forcing: Any, gradient: Any, elapsed: float) -> Force
         displacement = np.zeros(len(K))
     else:
         scale = elapsed * np.abs(velocity(0.0, np.zeros(len(K)))).max()
-        solution = scipy.integrate.solve_ivp(
-            velocity, (0.0, elapsed), np.zeros(len(K)), method="DOP853", rtol=1e-11, atol=1e-15 * scale
-        )
+        solution = scipy.integrate.solve_ivp(velocity, (0.0, elapsed), np.zeros(len(K)), method="DOP853", rtol=1e-11, atol=1e-15 * scale)
         assert solution.success, solution.message
         displacement = solution.y[:, -1]
     energy = -(gradient @ displacement + displacement @ B @ displacement / 2)  # Phi is quadratic: exact

@@ -425,9 +425,7 @@ def test_spectrum_does_not_depend_on_the_basis(problem):
 def test_spectrum_may_leave_the_unit_interval_when_the_hessian_varies():
     """Omega > 1 when B falls along the window, kappa < 0 when it turns: two spectra, never derived from one another."""
     problem, other = (Problem(seed=seed, n=2, classes=3, rank=6, kind="invertible", stiffness=8.0) for seed in (13, 14))
-    falling = runge_kutta(
-        lambda _: problem.K, lambda tau: problem.B * math.exp(-tau / problem.elapsed), None, problem.elapsed, 300
-    )
+    falling = runge_kutta(lambda _: problem.K, lambda tau: problem.B * math.exp(-tau / problem.elapsed), None, problem.elapsed, 300)
     assert omega(falling.W, problem.B)[0].max() > 1.01
     turned = van_loan(problem.K, other.B, None, 0.1 * other.elapsed)
     window = compose(van_loan(problem.K, problem.B, None, 1e-3 * problem.elapsed), turned)
@@ -530,9 +528,7 @@ def test_cases_are_the_same_in_every_dtype_and_untouched(case):
     assert all(param.grad is None for param in model.parameters())
     other, query = case.build(torch.float64, draw=1, num_examples=3)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    assert (
-        relative_error(oracles.gram(other, query, outputs="trace"), oracles.gram(model, inputs, outputs="trace")[:3, :3]) > 1e-6
-    )
+    assert relative_error(oracles.gram(other, query, outputs="trace"), oracles.gram(model, inputs, outputs="trace")[:3, :3]) > 1e-6
 
 
 def test_half_of_the_cases_are_in_train_mode():

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from ntkscope._display import Displayed
@@ -71,7 +71,7 @@ def frozen_query_motion(
         return gradient_of(moved).flatten().numpy()
 
     scale = float(torch.linalg.vector_norm(gradient_of(start))) * elapsed
-    solution = solve_ivp(velocity, (0.0, elapsed), np.zeros(start.numel()), rtol=1e-4, atol=1e-8 * max(scale, 1e-300))
+    solution = scipy.integrate.solve_ivp(velocity, (0.0, elapsed), np.zeros(start.numel()), rtol=1e-4, atol=1e-8 * max(scale, 1e-300))
     return -cross @ torch.from_numpy(solution.y[:, -1])
 
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError, check_choice, check_number
 from ntkscope.dynamics.loss import NAMED_LOSSES
 from ntkscope.gate.optimizer import GatedAdamW
-from ntkscope.record.atomic import replace_when_done
 from ntkscope.record.recorder import Recorder
 
 DemoOptimizer = Literal["sgd", "adamw", "gated"]

@@ -99,7 +99,8 @@ def find_weights(content: Any, path: Path) -> dict[str, Tensor]:
             weights = weights[key]
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(
-            f"{path} holds no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}. Run `ntkscope inspect {path}` to see what it holds."
+            f"{path} holds no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}. "
+            f"Run `ntkscope inspect {path}` to see what it holds."
         )
     named = dict(weights)
     for prefix in WRAPPERS[:2]:

@@ -56,7 +56,7 @@ class ProbeSet:
             Targets by name, on the CPU.
         """
         kept = {"targets": self.targets, "clean_targets": self.clean_targets, "query_targets": self.query_targets}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items() if tensor is not None}
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
 def make_probe(

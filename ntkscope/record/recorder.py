@@ -186,7 +186,8 @@ class Recorder:
                     resumed.entries[snapshot.step] = on_disk.get(snapshot.step) or self._writer.write(snapshot)
             elif (self._writer.folder / "manifest.json").exists():
                 raise InputError(
-                    f"{self._writer.folder} holds a trace already. Choose another path, or load_state_dict() the recorder's state to resume."
+                    f"{self._writer.folder} holds a trace already. Choose another path, or resume it with "
+                    "load_state_dict() before attach()."
                 )
             else:
                 self._writer.begin(facts, self.probe.tensors())

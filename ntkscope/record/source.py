@@ -33,7 +33,7 @@ def open_source(source: str | Path | Sequence[str | Path]) -> Trace:
     if state is None:
         raise InputError(
             f"{path} holds no recorder's state: a bare checkpoint does not say how training went. Either save "
-            "recorder.state_dict() inside it (see `Recorder`), or give two or more checkpoints of the run with --model SPEC, --data SPEC and "
-            "--loss NAME (SPEC: `file.py:function`)."
+            "recorder.state_dict() inside it (see `Recorder`), or give two or more checkpoints of the run with --model SPEC, "
+            "--data SPEC and --loss NAME (SPEC: `file.py:function`)."
         )
     return trace_from_state(state, str(path))

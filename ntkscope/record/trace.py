@@ -14,9 +14,9 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
-from ntkscope.record.atomic import replace_when_done
 from ntkscope.record.snapshot import Snapshot
 
 SCHEMA = "ntkscope.trace/1"

@@ -1,78 +1,17 @@
-"""What an analysis says, in plain words: the sentences and rows that the report, the terminal and notebooks share."""
+"""What an analysis says, in plain words: the sentences that the report, the terminal and notebooks share."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT
+from ntkscope.view.suspects import ranked
+from ntkscope.view.words import SPACE, AnalysisLike, counted, number, percent
 
-AnalysisLike = Any
-
-SPACE = "\u00a0"  # does not break
 MOSTLY = 0.5  # share of an example's error in the reservoir above which it is said to be left there
 SATURATED = 0.9  # share of signal directions above which a cutoff separates nothing
-
-
-@dataclass(frozen=True)
-class Score:
-    """One column of the table of suspicious examples.
-
-    Attributes:
-        name: Attribute of `Examples`, and key of its AUROC.
-        title: Column head.
-        short: Column head in the terminal.
-        meaning: One sentence.
-    """
-
-    name: str
-    title: str
-    short: str
-    meaning: str
-
-
-SCORES = (
-    Score(
-        "reservoir_energy",
-        "reservoir energy",
-        "reservoir",
-        "How much of the example's error at the window's start lies in reservoir directions (squared, loss units times two). Large is suspicious.",
-    ),
-    Score("loss", "loss", "loss", "The example's own loss at the window's end. Large is suspicious."),
-    Score(
-        "margin",
-        "margin",
-        "margin",
-        "Output for the given label minus the largest other output, at the window's end. Negative means that the network disagrees with the label.",
-    ),
-    Score(
-        "area_under_margin",
-        "area under margin",
-        "avg margin",
-        "The margin, averaged over the steps of the window. Small is suspicious.",
-    ),
-    Score(
-        "self_influence",
-        "self-influence",
-        "self-infl",
-        "How strongly a training step on the example moves its own output. Large is suspicious.",
-    ),
-    Score(
-        "half_time",
-        "half-time",
-        "half-time",
-        "Optimizer time until half of the example's squared error was gone. Late or never is suspicious.",
-    ),
-    Score(
-        "quarter_time",
-        "quarter-time",
-        "quart-time",
-        "Optimizer time until only a quarter of it was left. Late or never is suspicious.",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -90,82 +29,6 @@ class Verdict:
     short: str
     sentences: tuple[str, ...]
     causes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Suspect:
-    """One row of the table of suspicious examples.
-
-    Attributes:
-        position: Position in the probe.
-        id: Its name there.
-        label: Given label; "" if unknown.
-        true_label: Clean label; "" if unknown.
-        is_noise: Whether its label was planted wrong; None if unknown.
-        values: One text for every score shown.
-    """
-
-    position: int
-    id: str
-    label: str
-    true_label: str
-    is_noise: bool | None
-    values: tuple[str, ...]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Write a number with few digits.
-
-    Args:
-        value: Any float.
-        digits: Significant ones.
-
-    Returns:
-        For example "0.0123", "1,200", "3.1e-05", "unknown" or "infinite".
-    """
-    if math.isnan(value):
-        return "unknown"
-    if math.isinf(value):
-        return "infinite" if value > 0 else "-infinite"
-    if value != 0 and not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.{digits - 1}e}"
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
-    return f"{value:.{decimals}f}"
-
-
-def percent(share: float) -> str:
-    """Write a share as percentage.
-
-    Args:
-        share: 1 is all.
-
-    Returns:
-        For example "3.7 %", "< 0.1 %" or "unknown"; the space does not break.
-    """
-    if math.isnan(share):
-        return "unknown"
-    if math.isinf(share) or abs(share) >= 100:
-        return f"more than 9,999{SPACE}%" if share > 0 else f"less than -9,999{SPACE}%"
-    if 0 < share < 0.0005:
-        return f"< 0.1{SPACE}%"
-    if 0.9995 <= share < 1:
-        return f"> 99.9{SPACE}%"
-    return f"{100 * share:,.1f}{SPACE}%" if abs(share) < 1 else f"{100 * share:,.0f}{SPACE}%"
-
-
-def counted(count: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    Args:
-        count: How many.
-        noun: Singular; its plural takes an s.
-
-    Returns:
-        For example "1 example" or "1,000 examples".
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def stop_row(analysis: AnalysisLike) -> int:
@@ -296,7 +159,8 @@ def verdict(analysis: AnalysisLike) -> Verdict:
         f"an error of {percent(closure.energy_error)} (limit {100 * ENERGY_LIMIT:.0f}{SPACE}%)."
     )
     gradient = (
-        f"Gradient at the window's end: predicted with an error of {percent(closure.gradient_error)} (limit {100 * GRADIENT_LIMIT:.0f}{SPACE}%)."
+        f"Gradient at the window's end: predicted with an error of {percent(closure.gradient_error)} "
+        f"(limit {100 * GRADIENT_LIMIT:.0f}{SPACE}%)."
     )
     if closure.trustworthy:
         return Verdict(True, "Yes: prediction and run agree", (energy, gradient), ())
@@ -337,119 +201,6 @@ def next_steps(analysis: AnalysisLike) -> list[str]:
     if analysis.run.num_query == 0:
         steps.append("Record a held-out query set (query=...) to see whether a fixed kernel would have predicted the test outputs.")
     return steps[:4]
-
-
-def ranked(analysis: AnalysisLike) -> list[int]:
-    """Order the examples, most suspicious first, leaving out those without a number.
-
-    Args:
-        analysis: The result.
-
-    Returns:
-        Positions.
-    """
-    energies = analysis.examples.reservoir_energy
-    return [i for i in analysis.examples.ranking() if math.isfinite(float(energies[i]))]
-
-
-def shown_scores(analysis: AnalysisLike, names: Sequence[str] | None = None) -> list[Score]:
-    """Choose the scores that have at least one number.
-
-    Args:
-        analysis: The result.
-        names: Restrict to these.
-
-    Returns:
-        Scores, in the order of `SCORES`.
-    """
-    chosen = [score for score in SCORES if names is None or score.name in names]
-    return [score for score in chosen if not bool(torch.isnan(getattr(analysis.examples, score.name)).all())]
-
-
-def suspects(analysis: AnalysisLike, scores: Sequence[Score], count: int = 10) -> list[Suspect]:
-    """Fill the table of the most suspicious examples.
-
-    Args:
-        analysis: The result.
-        scores: Columns.
-        count: Rows.
-
-    Returns:
-        Rows, most suspicious first; in each column all numbers have as many decimals.
-    """
-    examples, rows = analysis.examples, ranked(analysis)[:count]
-    labels, truth, noise = examples.labels, examples.true_labels, examples.is_noise
-    columns = [_column_texts([float(getattr(examples, score.name)[i]) for i in rows], score) for score in scores]
-    return [
-        Suspect(
-            position=i,
-            id=str(examples.ids[i]),
-            label="" if labels is None else str(labels[i]),
-            true_label="" if truth is None else str(truth[i]),
-            is_noise=None if noise is None else bool(noise[i]),
-            values=tuple(column[k] for column in columns),
-        )
-        for k, i in enumerate(rows)
-    ]
-
-
-def _column_texts(values: Sequence[float], score: Score) -> list[str]:
-    """Write a column of numbers: three significant digits for the largest, and as many decimals for all; "never" for a time not reached."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
-    is_plain = largest == 0 or 1e-3 <= largest < 1e7
-
-    def write(value: float) -> str:
-        if math.isnan(value):
-            return "-"
-        if math.isinf(value):
-            return "never" if score.name.endswith("_time") else number(value)
-        return f"{value:,.{decimals}f}" if is_plain else number(value)
-
-    return [write(value) for value in values]
-
-
-def auroc_sentence(analysis: AnalysisLike) -> str:
-    """Say how well reservoir energy finds the planted wrong labels, beside the best of the others.
-
-    Args:
-        analysis: The result.
-
-    Returns:
-        Sentences; "" if the planted labels are unknown.
-    """
-    scores = analysis.examples.auroc
-    if not scores or "reservoir_energy" not in scores:
-        return ""
-    own = scores["reservoir_energy"]
-    others = {name: value for name, value in scores.items() if name != "reservoir_energy" and math.isfinite(value)}
-    text = (
-        "Some labels were planted wrong on purpose: reservoir energy ranks a wrong one above a right one in "
-        f"{percent(own)} of pairs (AUROC {own:.2f}; chance is 0.50)"
-    )
-    if not others:
-        return text + "."
-    best = max(others, key=lambda name: others[name])
-    title = next((score.title for score in SCORES if score.name == best), best.replace("_", " "))
-    relation = "less" if others[best] < own else "more" if others[best] > own else "as much"
-    return f"{text}. The best other score, {title}, reaches {others[best]:.2f}: {relation}."
-
-
-def found_among(analysis: AnalysisLike, count: int) -> tuple[int, int] | None:
-    """Count planted wrong labels among the most suspicious examples.
-
-    Args:
-        analysis: The result.
-        count: How many examples to look at.
-
-    Returns:
-        Wrong ones among them, and how many were looked at; None if unknown.
-    """
-    noise = analysis.examples.is_noise
-    if noise is None:
-        return None
-    chosen = ranked(analysis)[:count]
-    return sum(bool(noise[i]) for i in chosen), len(chosen)
 
 
 def _signal_share_of_removed(analysis: AnalysisLike) -> float:

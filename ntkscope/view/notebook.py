@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ntkscope.results import Analysis
-from ntkscope.view.findings import number
 from ntkscope.view.text import analysis_html, rows_html
+from ntkscope.view.words import number
 
 MAX_TEXT = 200  # characters
 

@@ -29,6 +29,7 @@ TEXT = "#757575"  # contrast 4.6 on white, 4.1 on near-black
 GRID = "rgba(128,128,128,0.28)"
 SCENE_GRID = "#b4b9bf"  # WebGL draws no see-through lines
 SHADE = "rgba(86,180,233,0.16)"
+CAMERA = {"eye": {"x": 1.45, "y": 1.45, "z": 0.85}, "center": {"x": 0, "y": 0, "z": -0.16}}  # room for the lower axes' titles
 CONTINUOUS = "Cividis"  # even in lightness, and the same to colour-blind readers
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -70,7 +71,7 @@ def axis(title: str, **settings: Any) -> dict[str, Any]:
         An axis description.
     """
     return {
-        "title": {"text": title, "font": {"size": 13}},
+        "title": {"text": title, "font": {"size": 13}, "standoff": 10},
         "gridcolor": GRID,
         "zeroline": False,
         "showline": True,

@@ -5,7 +5,7 @@
   const LIGHT = { text: "#3d454e", grid: "rgba(60,70,80,0.18)", scene: "#d3d8de", line: "#8a939c", hover: "#ffffff", page: "#ffffff" };
   const DARK = { text: "#c3cad2", grid: "rgba(200,210,220,0.17)", scene: "#39424c", line: "#77818c", hover: "#262c33", page: "#14171b" };
   const NARROW = 600; // pixels; no room for plotly's own buttons
-  const WIDE_ENOUGH = 1.3; // width over height at which a scene shows whole
+  const WIDE_ENOUGH = 1.45; // width over height at which a scene shows whole
   const plots = [];
 
   // Settings of plotly's layout that depend on the page's colours.

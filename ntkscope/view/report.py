@@ -12,10 +12,11 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ntkscope.record.atomic import replace_when_done
+from ntkscope._atomic import replace_when_done
 from ntkscope.view import findings
+from ntkscope.view import suspects as suspicion
 from ntkscope.view.figures import FIGURES
-from ntkscope.view.findings import AnalysisLike, number, percent
+from ntkscope.view.words import AnalysisLike, counted, number, percent
 
 FOLDER = Path(__file__).parent
 NUM_SUSPECTS = 10
@@ -37,17 +38,18 @@ class FigureText:
 FIGURE_TEXTS = {
     "spectrum": FigureText(
         "Every mark in the upper panel is one direction. Its height ω is the share of the loss along that direction that training removed.",
-        "Round marks are signal (learned), crosses are reservoir. A clean gap between them means that the split is meaningful; a smooth slope "
-        "means that the number depends on the rule. The lower panel shows where each rule would draw the line.",
+        "Round marks are signal (learned), crosses are reservoir. A clean gap between them means that the split is meaningful; a smooth "
+        "slope means that the number depends on the rule. The lower panel shows where each rule would draw the line.",
     ),
     "eigenstructure": FigureText(
         "Every point is one training example, placed by how much of its error lies along the three most strongly learned directions.",
-        "Far from the centre: the shared patterns explain this example. Near the centre: they do not, so it is either learned later or stored "
+        "Far from the centre: the shared patterns explain this example. Near the centre: they do not, so it is learned later, or stored "
         "by itself. Move the slider to watch training; drag, or use the turn buttons, to look from another side.",
     ),
     "omega_surface": FigureText(
         "The height is ω again, now for every direction and every moment of training.",
-        "Directions are learned one after the other, the strongest first. The line on the surface marks ω = ½. Ground that stays flat is the reservoir.",
+        "Directions are learned one after the other, the strongest first. The line on the surface marks ω = ½. "
+        "Ground that stays flat is the reservoir.",
     ),
     "suspicious": FigureText(
         "The longer the bar, the more of the example's error at the start lies where training did little.",
@@ -108,7 +110,7 @@ def render_report(analysis: AnalysisLike) -> str:
         learned=findings.learned(analysis),
         stored=findings.stored(analysis),
         verdict=findings.verdict(analysis),
-        auroc_sentence=findings.auroc_sentence(analysis),
+        auroc_sentence=suspicion.auroc_sentence(analysis),
         next_steps=findings.next_steps(analysis),
         warnings=[warning for warning in analysis.warnings if not warning.startswith("Not trustworthy")],
         rule_words=findings.rule_words(analysis.channels.rule),
@@ -137,7 +139,7 @@ def _figure_block(name: str, analysis: AnalysisLike) -> dict[str, Any]:
     figure: go.Figure = FIGURES[name](analysis)
     text = FIGURE_TEXTS[name]
     spec = json.loads(figure.to_json() or "{}")
-    title = Markup(spec["layout"].pop("title")["text"])  # noqa: S704  (figures escape what is not theirs)
+    title = Markup(spec["layout"].pop("title")["text"])
     spec["layout"].pop("template", None)
     return {
         "name": name,
@@ -152,11 +154,11 @@ def _figure_block(name: str, analysis: AnalysisLike) -> dict[str, Any]:
 def _suspect_table(analysis: AnalysisLike) -> dict[str, Any]:
     """Prepare the table of the most suspicious examples."""
     examples = analysis.examples
-    scores = findings.shown_scores(analysis)
+    scores = suspicion.shown_scores(analysis)
     aurocs = examples.auroc
     return {
         "scores": scores,
-        "rows": findings.suspects(analysis, scores, NUM_SUSPECTS),
+        "rows": suspicion.suspects(analysis, scores, NUM_SUSPECTS),
         "has_labels": examples.labels is not None,
         "has_truth": examples.true_labels is not None,
         "has_noise": examples.is_noise is not None,
@@ -192,11 +194,14 @@ def _facts(analysis: AnalysisLike) -> list[tuple[str, str]]:
         ("parameters", f"{run.num_params:,}"),
         ("loss", run.loss),
         ("optimizer", f"{run.optimizer}, preconditioner {run.precond}"),
-        ("training steps", f"{run.num_steps:,}, with {findings.counted(run.num_snapshots, 'snapshot')}"),
+        ("training steps", f"{run.num_steps:,}, with {counted(run.num_snapshots, 'snapshot')}"),
         ("window", f"steps {window.start_step:,} to {window.stop_step:,} ({window.reason})"),
         ("effective rank", f"{number(spectrum.effective_rank)} (how many directions would share the same ω evenly)"),
         ("stable rank", f"{number(spectrum.stable_rank)} (sum of all ω over the largest)"),
-        ("kernel drift in the window", f"{percent(drift.max)} at most, {percent(drift.final)} at its end ({kernel}, relative to the start)"),
+        (
+            "kernel drift in the window",
+            f"{percent(drift.max)} at most, {percent(drift.final)} at its end ({kernel}, relative to the start)",
+        ),
         ("regime", f"{analysis.regime}: {analysis.regime_reason}"),
         ("stability", f"{number(float(analysis.stability))} (above 1 the learning rate is too large for smooth descent)"),
         ("gradient error relative to the start", percent(closure.gradient_error_initial)),
@@ -212,7 +217,7 @@ def _read(name: str) -> str:
 
 def _trusted(source: str) -> Markup:
     """Mark our own style and scripts, and plotly's, as safe to put in as they are."""
-    return Markup(source)  # noqa: S704
+    return Markup(source)
 
 
 def _json_in_html(value: Any) -> Markup:
@@ -220,7 +225,7 @@ def _json_in_html(value: Any) -> Markup:
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
 def _hash(script: str) -> str:

@@ -7,30 +7,18 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from ntkscope.view.findings import (
-    SPACE,
-    AnalysisLike,
-    Score,
-    Suspect,
-    Verdict,
-    found_among,
-    headline,
-    learned,
-    next_steps,
-    percent,
-    shown_scores,
-    stored,
-    suspects,
-    verdict,
-)
+from ntkscope.view.findings import Verdict, headline, learned, next_steps, stored, verdict
+from ntkscope.view.suspects import Score, Suspect, found_among, shown_scores, suspects
+from ntkscope.view.words import SPACE, AnalysisLike, percent
 
 MAX_WIDTH = 100  # longer lines are hard to read
 NUM_SUSPECTS = 10
 TERMINAL_SCORES = ("reservoir_energy", "loss", "margin", "area_under_margin", "self_influence", "quarter_time")
-NUM_CAUSES = 2  # what fits one screen
-NUM_WARNINGS = 3
 GAP = 2  # columns
-MAX_LINES = 40  # beyond it no blank lines are spent
+MIN_WIDTH = 20
+MAX_LINES = 40  # one screen
+MAX_SOURCE = 56  # characters of a path
+NOTHING_AMISS = "Nothing is amiss: compare with another run, or with a later window (--window START:STOP)."
 HEAD_STYLE = "bold cyan"
 
 ASCII_WORDS = {
@@ -65,44 +53,62 @@ def print_summary(analysis: AnalysisLike, console: Console) -> None:
         analysis: The result.
         console: Where to; its width and encoding are respected.
     """
-    width = max(20, min(console.width, MAX_WIDTH))
+    width = max(MIN_WIDTH, min(console.width, MAX_WIDTH))
+    # The less there is room for, the fewer causes, warnings and next steps are shown; what is left out is counted.
+    for limits in ((4, 4, 4), (2, 3, 3), (2, 1, 2), (1, 1, 1)):
+        lines, heads = _compose(analysis, width, console.encoding, limits)
+        if len(lines) <= MAX_LINES:
+            break
+    if len(lines) + len(heads) <= MAX_LINES:
+        for position in reversed(heads):
+            lines.insert(position, ("", ""))
+    for text, style in lines:
+        console.print(Text(text.replace(SPACE, " "), style=style), no_wrap=True, overflow="crop", crop=True)
+
+
+def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: tuple[int, int, int]) -> tuple[list[tuple[str, str]], list[int]]:
+    """Set the summary in lines of (text, style), with the positions of the section heads; limits are causes, warnings, next steps."""
     judged = verdict(analysis)
     run, window = analysis.run, analysis.window
-    lines: list[tuple[str, str]] = []  # (text, style)
+    lines: list[tuple[str, str]] = []
     heads: list[int] = []
+
+    def say(text: str, style: str = "", indent: str = "") -> None:
+        shown = _readable(text, encoding)
+        lines.extend((line, style) for line in textwrap.wrap(shown, width, initial_indent=indent, subsequent_indent=" " * len(indent)))
 
     def head(title: str, rest: str = "") -> None:
         heads.append(len(lines))
         say(title.upper() + rest, HEAD_STYLE)
 
-    def say(text: str, style: str = "", indent: str = "") -> None:
-        lines.extend((line, style) for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * len(indent)))
-
+    source = str(run.source)
+    source = source if len(source) <= MAX_SOURCE else "..." + source[3 - MAX_SOURCE :]
     say(headline(analysis), "bold")
-    say(f"{run.source}: {run.num_examples:,} examples, steps {window.start_step:,} to {window.stop_step:,} of {run.num_steps:,}.", "dim")
+    say(f"{source}: {run.num_examples:,} examples, steps {window.start_step:,} to {window.stop_step:,} of {run.num_steps:,}.", "dim")
     head("Learned")
     say(" ".join([*learned(analysis), "A direction is one pattern across the outputs of all examples."]))
     head("In the reservoir")
     say(" ".join(stored(analysis)))
     head("Can this be trusted?")
     say(f"{judged.short}. {' '.join(judged.sentences)}", "" if judged.is_good else "bold")
-    for cause in judged.causes[:NUM_CAUSES]:
+    warnings = _shown_warnings(analysis, judged)
+    for cause in judged.causes[: limits[0]]:
         say(cause, indent="- ")
-    for warning in _shown_warnings(analysis, judged)[:NUM_WARNINGS]:
+    for warning in warnings[: limits[1]]:
         say(warning, indent="! ")
+    hidden = max(0, len(judged.causes) - limits[0]) + max(0, len(warnings) - limits[1])
+    if hidden:
+        say(f"... and {hidden} more: see the report, or .closure.causes and .warnings.", indent="! ")
     scores = shown_scores(analysis, TERMINAL_SCORES)
     rows = suspects(analysis, scores, NUM_SUSPECTS)
     if rows:
         head("Most suspicious examples", _found_words(analysis))
-        lines.extend(_suspect_table(analysis, rows, scores, width))
+        lines.extend((_readable(text, encoding), style) for text, style in _suspect_table(analysis, rows, scores, width))
+    steps = next_steps(analysis)
     head("Next")
-    for step in next_steps(analysis)[:3]:
+    for step in steps[: limits[2]] or [NOTHING_AMISS]:
         say(step, indent="- ")
-    if len(lines) + len(heads) <= MAX_LINES:
-        for position in reversed(heads):
-            lines.insert(position, ("", ""))
-    for text, style in lines:
-        console.print(Text(_readable(text, console.encoding), style=style), no_wrap=True, overflow="crop", crop=True)
+    return lines, heads
 
 
 def _shown_warnings(analysis: AnalysisLike, judged: Verdict) -> list[str]:
@@ -138,14 +144,13 @@ def _suspect_table(analysis: AnalysisLike, rows: Sequence[Suspect], scores: Sequ
 
 def _readable(text: str, encoding: str) -> str:
     """Write what the console can show: Greek in words where it is not UTF-8, and no control characters."""
-    text = text.replace(SPACE, " ")
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    shown = "".join(letter if letter.isprintable() or letter == SPACE else "?" for letter in text)
     try:
-        shown.encode(encoding)
+        shown.replace(SPACE, " ").encode(encoding)
     except (UnicodeEncodeError, LookupError):
         for letter, word in ASCII_WORDS.items():
             shown = shown.replace(letter, word)
-        shown = shown.encode("ascii", errors="replace").decode("ascii")
+        shown = SPACE.join(part.encode("ascii", errors="replace").decode("ascii") for part in shown.split(SPACE))
     return shown
 
 

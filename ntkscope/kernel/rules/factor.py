@@ -1,7 +1,7 @@
 """What a rule returns, and what a rule is."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ class PositionFactor:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.activations, self.output_grads))
 
 
+@runtime_checkable
 class Rule(Protocol):
     """A layer family."""
 

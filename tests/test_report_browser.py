@@ -1,0 +1,203 @@
+"""The report in a real browser: everything is drawn, nothing is fetched, the controls do what they say.
+
+Without Debian's chromium and chromium-driver the tests are skipped, but fail where CI is set.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
+from view_case import synthetic_analysis
+
+from ntkscope.view.figures import FIGURES
+from ntkscope.view.report import write_report
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",  # WebGL without a graphics card
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+    "--hide-scrollbars",
+)
+PATIENCE = 60  # seconds; a slow machine draws 3D on the CPU
+TALLEST = 14_000  # pixels; the report on the narrowest screen is about 10,000 high
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    missing = [str(path) for path in (CHROMIUM, DRIVER) if not path.exists()]
+    if missing:
+        stop = pytest.fail if os.environ.get("CI") else pytest.skip
+        stop(f"no browser: {', '.join(missing)} missing (apt-get install chromium chromium-driver)")
+    options = Options()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    driver.set_script_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, tmp_path_factory):
+    """The report, opened once and drawn."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(synthetic_analysis(has_gate=True), path)
+    _resize(browser, 1280)
+    browser.get("about:blank")
+    browser.get_log("performance")  # what the browser's own first page asked for
+    browser.get(path.as_uri())
+    _wait(browser, "return document.documentElement.dataset.drawn === 'true'")
+    return browser
+
+
+def _wait(browser, script: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not browser.execute_script(script):
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {script}"
+        time.sleep(0.05)
+
+
+def _resize(browser, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _plot(name: str) -> str:
+    return f"document.querySelector('#figure-{name} .plot')"
+
+
+def test_all_figures_are_drawn_and_nothing_is_fetched(opened):
+    requested = []
+    for entry in opened.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            requested.append(message["params"]["request"]["url"])
+    assert requested, "the log saw no request at all, not even the page"
+    foreign = [url for url in requested if not url.startswith(("file:", "data:", "blob:"))]
+    assert not foreign
+    assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+    for name in FIGURES:
+        assert opened.execute_script(f"return document.querySelector('#figure-{name}').dataset.drawn") == "true"
+        assert opened.execute_script(f"return {_plot(name)}.querySelectorAll('svg.main-svg').length") > 0
+        assert "could not be drawn" not in opened.execute_script(f"return {_plot(name)}.textContent")
+    errors = [entry["message"] for entry in opened.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors
+
+
+@pytest.mark.parametrize("name", ["eigenstructure", "omega_surface"])
+def test_the_scene_has_pixels(opened, name):
+    colours = opened.execute_async_script(
+        """
+        const done = arguments[arguments.length - 1];
+        Plotly.toImage(document.querySelector(arguments[0]), {format: "png", width: 300, height: 300}).then(function (url) {
+          const image = new Image();
+          image.onload = function () {
+            const canvas = document.createElement("canvas");
+            canvas.width = 300; canvas.height = 300;
+            const context = canvas.getContext("2d", {willReadFrequently: true});
+            context.drawImage(image, 0, 0);
+            // Below the legend and above the colour bar.
+            const pixels = context.getImageData(30, 60, 240, 160).data;
+            const seen = new Set();
+            for (let k = 0; k < pixels.length; k += 4) seen.add(pixels[k] + "," + pixels[k + 1] + "," + pixels[k + 2]);
+            done([...seen]);
+          };
+          image.src = url;
+        });
+        """,
+        f"#figure-{name} .plot",
+    )
+    saturated = [colour for colour in colours if max(map(int, colour.split(","))) - min(map(int, colour.split(","))) > 60]
+    assert len(saturated) > 5, f"{len(colours)} colours"
+
+
+def test_the_slider_moves_the_points_but_not_the_axes_or_the_camera(opened):
+    plot = _plot("eigenstructure")
+    opened.execute_script(f"Plotly.relayout({plot}, {{'scene.camera.eye': {{x: 0.4, y: 2.0, z: 0.3}}}})")
+    state = f"const s = {plot}._fullLayout.scene; return [{plot}._fullData[0].x.join(), s.xaxis.range, s.camera.eye, s.xaxis.title.text]"
+    before = opened.execute_script(state)
+    slider = opened.find_element("css selector", "#figure-eigenstructure input[type=range]")
+    steps = int(slider.get_attribute("max")) + 1
+    assert steps == 11
+    first_text = slider.get_attribute("aria-valuetext")
+    slider.send_keys(Keys.HOME)  # by keyboard
+    _wait(opened, f"return {plot}._fullData[0].x.join() !== {json.dumps(before[0])}")
+    after = opened.execute_script(state)
+    assert after[0] != before[0]
+    assert after[1] == pytest.approx(before[1])
+    assert after[2] == pytest.approx(before[2])
+    assert after[3] != before[3], "the title of an axis carries its omega"
+    assert slider.get_attribute("aria-valuetext") != first_text
+
+
+def test_play_runs_to_the_end_and_stops(opened):
+    button = next(b for b in opened.find_elements("css selector", "#figure-eigenstructure button") if b.text == "Play")
+    slider = opened.find_element("css selector", "#figure-eigenstructure input[type=range]")
+    last = int(slider.get_attribute("max"))
+    opened.execute_script("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", slider, last - 2)
+    opened.execute_script("arguments[0].click()", button)
+    assert button.text == "Pause"
+    _wait(opened, f"return document.querySelector('#figure-eigenstructure input[type=range]').value == {last}")
+    _wait(opened, "return document.querySelector('#figure-eigenstructure button').textContent === 'Play'")
+
+
+def test_the_menu_changes_the_colours(opened):
+    plot = _plot("eigenstructure")
+    colours = f"return JSON.stringify([{plot}._fullData[0].marker.color, {plot}._fullLayout.coloraxis.cmax])"
+    seen = {opened.execute_script(colours)}
+    options = opened.execute_script("return document.querySelector('#figure-eigenstructure select').options.length")
+    assert options == 3
+    for position in (1, 2):
+        opened.execute_script(
+            "const s = document.querySelector('#figure-eigenstructure select');"
+            f"s.selectedIndex = {position}; s.dispatchEvent(new Event('change'))"
+        )
+        seen.add(opened.execute_script(colours))
+    assert len(seen) == 3
+
+
+def test_no_button_sends_data_away(opened):
+    titles = opened.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.getAttribute('data-title') || '')")
+    assert titles
+    assert not [title for title in titles if "share" in title.lower() or "cloud" in title.lower() or "plotly" in title.lower()]
+
+
+@pytest.mark.parametrize("width", [380, 1280, 2560])
+def test_the_page_does_not_overflow(opened, width):
+    _resize(opened, width)
+    _wait(opened, f"return innerWidth === {width}")
+    _wait(opened, "return document.documentElement.scrollWidth <= innerWidth")
+    _wait(opened, "return [...document.querySelectorAll('svg.main-svg')].every(s => s.getBoundingClientRect().right <= innerWidth + 1)")
+    assert opened.execute_script("return document.documentElement.scrollHeight") < TALLEST
+
+
+def test_dark_pages_get_light_text(opened):
+    for scheme in ("light", "dark"):
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        wanted = "< 100" if scheme == "light" else "> 180"
+        _wait(opened, f"return parseInt({_plot('spectrum')}._fullLayout.font.color.slice(1, 3), 16) {wanted}")
+
+
+def test_everything_can_be_reached_by_keyboard(opened):
+    controls = opened.find_elements("css selector", "nav a, .controls button, .controls select, .controls input, .scroll, summary")
+    assert len(controls) > 10
+    for control in controls:
+        reached = opened.execute_script("arguments[0].focus(); return document.activeElement === arguments[0]", control)
+        assert reached, control.get_attribute("outerHTML")[:200]

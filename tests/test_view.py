@@ -1,0 +1,356 @@
+"""Figures, report and terminal summary on results of every kind (the browser test is in test_report_browser.py)."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from rich.console import Console
+from view_case import NUM_NOISY, synthetic_analysis
+
+from ntkscope._checks import InputError
+from ntkscope.results import GateStats
+from ntkscope.view import drawing, figures, findings, notebook, report, suspects, text, words
+
+CASES = {
+    "normal": {},
+    "gate": {"has_gate": True},
+    "one snapshot": {"num_snapshots": 1, "has_gate": True},
+    "two snapshots": {"num_snapshots": 2},
+    "no labels, no noise": {"has_labels": False, "has_noise": False},
+    "labels only": {"has_noise": False},
+    "nan": {"has_nan": True, "is_trustworthy": False, "has_gate": True},
+    "nan, no labels": {"has_nan": True, "has_labels": False, "has_noise": False},
+    "two examples": {"num_examples": 8, "num_classes": 2},
+}
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[red]x[/red]\x1b[31m{{ 7*7 }}"
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def analysis(request):
+    return synthetic_analysis(**request.param)
+
+
+def _title(figure: go.Figure) -> str:
+    return figure.to_plotly_json()["layout"]["title"]["text"]
+
+
+def _finite_json(figure: go.Figure) -> dict:
+    """Read the figure as a browser would: no NaN, no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in the figure")
+
+    return json.loads(figure.to_json(), parse_constant=refuse)
+
+
+class _Tags(HTMLParser):
+    """Collects start tags and the text of scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.text.append(data)
+
+
+def _parse(page: str) -> _Tags:
+    tags = _Tags()
+    tags.feed(page)
+    return tags
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_draws_every_case(analysis, name):
+    if name == "gate_openness" and analysis.gate is None:
+        with pytest.raises(InputError, match="no gate to draw: SGD has no gate"):
+            figures.FIGURES[name](analysis)
+        return
+    figure = figures.FIGURES[name](analysis)
+    spec = _finite_json(figure)
+    assert spec["data"]
+    assert re.search(r"\d", _title(figure)), "a title states the finding with a number"
+    assert "nan" not in _title(figure).lower()
+
+
+def test_titles_state_the_numbers_of_the_result():
+    analysis = synthetic_analysis()
+    rank = analysis.channels.signal_rank
+    assert _title(figures.spectrum(analysis)).startswith(f"{rank} of 120 directions carry the signal by rule 'half'")
+    wrong = int(analysis.examples.is_noise[analysis.examples.ranking()[:20]].sum())
+    assert _title(figures.suspicious(analysis)).startswith(f"{wrong} of the 20 most suspicious")
+    assert f"{int((analysis.history.eigvals[analysis.window.stop] > 0.5).sum())} of 120" in _title(figures.omega_surface(analysis))
+    assert "off by 0.3\u00a0%" in _title(figures.loss_and_closure(analysis))
+
+
+def test_eigenstructure_has_a_frame_for_every_snapshot_with_fixed_axes():
+    analysis = synthetic_analysis()
+    spec = _finite_json(figures.eigenstructure(analysis))
+    learned = [step for step in analysis.history.steps if step > 0]  # nothing is dissipated at the start
+    assert [frame["name"] for frame in spec["frames"]] == [str(step) for step in learned]
+    assert [step["label"] for step in spec["layout"]["sliders"][0]["steps"]] == [str(step) for step in learned]
+    assert learned[spec["layout"]["sliders"][0]["active"]] == analysis.window.stop_step
+    scene = spec["layout"]["scene"]
+    assert scene["uirevision"] == "keep"
+    for k, letter in enumerate("xyz"):
+        low, high = scene[f"{letter}axis"]["range"]
+        drawn = torch.tensor([value for frame in spec["frames"] for trace in frame["data"] for value in trace[letter]])
+        torch.testing.assert_close(drawn.aminmax().max.double(), analysis.history.leading[1:, :, k].max(), rtol=1e-3, atol=0)
+        assert low < drawn.min() < drawn.max() < high
+        assert f"mode {k + 1}, ω" in scene[f"{letter}axis"]["title"]["text"]
+        for frame in spec["frames"]:
+            assert list(frame["layout"]["scene"][f"{letter}axis"]) == ["title"], "a frame must not move the axes"
+
+
+def test_eigenstructure_tells_planted_noise_by_symbol_and_offers_colours():
+    spec = _finite_json(figures.eigenstructure(synthetic_analysis()))
+    right, wrong = spec["data"][:2]
+    assert (len(right["x"]), len(wrong["x"])) == (30 - NUM_NOISY, NUM_NOISY)
+    assert right["marker"]["symbol"] != wrong["marker"]["symbol"]
+    menu = next(menu for menu in spec["layout"]["updatemenus"] if menu["name"] == "colour")
+    assert [button["label"] for button in menu["buttons"]] == [
+        "colour: planted wrong labels",
+        "colour: given label",
+        "colour: reservoir energy",
+    ]
+    for button in menu["buttons"]:
+        restyle, _, traces = button["args"]
+        assert [len(colours) for colours in restyle["marker.color"]] == [len(spec["data"][k]["x"]) for k in traces]
+
+
+def test_one_snapshot_needs_no_slider():
+    spec = _finite_json(figures.eigenstructure(synthetic_analysis(num_snapshots=1)))
+    assert "sliders" not in spec["layout"]
+    assert "frames" not in spec or not spec["frames"]
+
+
+def test_large_results_are_thinned_and_the_title_says_so():
+    analysis = synthetic_analysis(num_examples=60, num_classes=5, num_snapshots=6)
+    surface = figures.omega_surface(analysis)
+    assert len(surface.data[0].x) <= figures.MAX_MODES
+    assert (surface.data[0].x[0], surface.data[0].x[-1]) == (1, 300)
+    assert "of 300 drawn" in _title(surface)
+    analysis.history.eigvals = torch.ones(500, 4, dtype=torch.float64)
+    assert len(drawing.frame_rows(analysis.history.eigvals)) == drawing.MAX_FRAMES
+
+
+def test_planted_noise_is_hatched():
+    bars = _finite_json(figures.suspicious(synthetic_analysis()))["data"]
+    assert {bar["name"]: bar["marker"]["pattern"]["shape"] for bar in bars} == {"label was planted wrong": "/", "label is right": ""}
+    assert len(_finite_json(figures.suspicious(synthetic_analysis(has_noise=False)))["data"]) == 1
+
+
+def test_spectrum_marks_every_cutoff_and_a_selection_that_is_not_leading():
+    analysis = synthetic_analysis()
+    spec = _finite_json(figures.spectrum(analysis))
+    rules = spec["data"][2]
+    assert {*rules["y"]} == {rule for rule, cutoff in analysis.cutoffs.items() if cutoff.rank is not None}
+    assert rules["x"][rules["y"].index("energy")] == analysis.cutoffs["energy"].rank + 0.5
+    assert any(note["text"] == "no answer here" and note["y"] == "gd" for note in spec["layout"]["annotations"])
+    selected = torch.zeros(120, dtype=torch.bool)
+    selected[[0, 7]] = True
+    analysis.cutoffs["half"].selected = selected
+    assert _finite_json(figures.spectrum(analysis))["data"][0]["x"] == [1, 8]
+
+
+def test_report_is_one_offline_file(analysis, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    report.write_report(analysis, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    page = path.read_bytes().decode("utf-8")
+    assert page.count(report.get_plotlyjs()) == 1
+    page = page.replace(report.get_plotlyjs(), "")
+    parsed = _parse(page)
+    for tag, attributes in parsed.tags:
+        if tag in ("script", "link", "img", "iframe", "source", "object"):
+            assert not (attributes.get("src") or "").strip(), f"<{tag}> loads something"
+            assert (attributes.get("href") or "data:").startswith("data:")
+        if tag == "a":
+            assert (attributes["href"] or "").startswith("#")
+    assert "mathjax" not in page.lower()
+    assert "http" not in page.replace("http-equiv", "")
+    drawn = [attributes["data-figure"] for tag, attributes in parsed.tags if tag == "figure"]
+    assert drawn == [name for name in figures.FIGURES if name != "gate_openness" or analysis.gate is not None]
+    assert "nan" not in re.findall(r"\w+", " ".join(parsed.text).lower())
+
+
+def test_report_shows_verdict_table_and_baselines():
+    good, bad = (
+        " ".join(" ".join(_parse(report.render_report(synthetic_analysis(is_trustworthy=flag))).text).split()) for flag in (True, False)
+    )
+    assert "Yes: prediction and run agree" in good
+    assert "Not as they stand" in bad
+    assert "the kernel moved by 81% of its size" in bad
+    for score in suspects.SCORES:
+        assert score.title in good
+    assert "AUROC" in good
+    assert "0.97" in good
+    assert "half (used here)" in good
+
+
+def test_report_is_small_beside_plotly():
+    page = report.render_report(synthetic_analysis(num_examples=200, num_classes=4))
+    assert len(page) - len(report.get_plotlyjs()) < 700_000
+
+
+def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(analysis):
+        raise RuntimeError("broken")
+
+    monkeypatch.setitem(report.FIGURES, "spectrum", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        report.write_report(synthetic_analysis(), path)
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_hostile_strings_are_escaped_everywhere():
+    analysis = synthetic_analysis(source=HOSTILE, has_gate=True)
+    analysis.run.optimizer = analysis.run.loss = analysis.regime_reason = analysis.window.reason = HOSTILE
+    analysis.warnings = (HOSTILE,)
+    analysis.examples.ids[analysis.examples.ranking()[0]] = HOSTILE
+    analysis.examples.labels = [HOSTILE] * 30
+    analysis.cutoffs[HOSTILE] = analysis.cutoffs.pop("half")
+    analysis.channels.rule = HOSTILE
+    analysis.gate.by_parameter = {HOSTILE: analysis.gate.open_share}
+    page = report.render_report(analysis)
+    # One security policy covers two scripts; JSON scripts do not run.
+    tags = _parse(page.replace(report.get_plotlyjs(), "")).tags
+    kinds = [attributes.get("type") for tag, attributes in tags if tag == "script"]
+    assert kinds.count(None) == 2
+    assert kinds.count("application/json") == len(figures.FIGURES)
+    assert not [tag for tag, _ in tags if tag == "img"]
+    assert "<script>alert" not in page
+    for figure in (make(analysis) for make in figures.FIGURES.values()):
+        assert "<script>" not in _title(figure)
+        assert "<img" not in figure.to_json()
+    assert "<script>" not in text.analysis_html(analysis)
+    shown = _printed(analysis)
+    assert "\x1b" not in shown
+    assert "[red]x[/red]" in shown
+
+
+def _printed(analysis, *, width: int = 80, encoding: str | None = None, **settings) -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding or "utf-8", errors="strict", newline="\n")
+    text.print_summary(analysis, Console(file=stream, width=width, **settings))
+    stream.flush()
+    return raw.getvalue().decode(encoding or "utf-8")
+
+
+def test_summary_fits_one_screen(analysis):
+    lines = _printed(analysis).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert "nan" not in " ".join(lines).lower().split()
+
+
+def test_summary_with_much_to_say_fits_one_screen_and_counts_what_it_hides():
+    analysis = synthetic_analysis(is_trustworthy=False, source="/a/very/long/path" * 20)
+    analysis.closure.causes = tuple(f"Cause {k}: " + "words " * 40 for k in range(4))
+    analysis.warnings = tuple(f"Warning {k}: " + "words " * 30 for k in range(5))
+    shown = _printed(analysis)
+    assert len(shown.splitlines()) <= 40
+    assert "Cause 0" in shown
+    assert "... and 7 more" in shown
+
+
+def test_summary_says_what_was_found():
+    analysis = synthetic_analysis()
+    shown = " ".join(_printed(analysis).split())
+    rank = analysis.channels.signal_rank
+    assert f"learned {rank} of 120 directions and left {120 - rank} in the reservoir" in shown
+    assert "the loss went from 0.450 to" in shown
+    assert "an error of 0.3 % (limit 5 %)" in shown
+    assert "predicted with an error of 3.7 % (limit 25 %)" in shown
+    assert re.search(r"AUROC 0\.97 0\.91 0\.93 0\.90 0\.51 0\.96", shown)
+    first = analysis.examples.ranking()[0]
+    assert f"{analysis.examples.ids[first]}*" in shown
+    assert "NEXT" in shown
+
+
+def test_summary_names_the_cause_of_a_bad_closure():
+    shown = " ".join(_printed(synthetic_analysis(is_trustworthy=False)).split())
+    assert "Not as they stand" in shown
+    assert "Too few snapshots" in shown
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 200])
+def test_summary_keeps_to_any_width(width):
+    assert max(map(len, _printed(synthetic_analysis(), width=width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437"])
+def test_summary_needs_no_unicode(encoding):
+    analysis = synthetic_analysis(source="läufe/Ω.pt", is_trustworthy=False)
+    analysis.closure.causes = ("ω → 1, √ω ≥ ½, 例",)
+    analysis.warnings = ("κ ≤ 36 …",)
+    shown = _printed(analysis, encoding=encoding)
+    assert "omega -> 1" in shown
+
+
+def test_summary_respects_no_color(monkeypatch):
+    assert "\x1b[" in _printed(synthetic_analysis(), force_terminal=True, color_system="standard")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[1;36m" not in _printed(synthetic_analysis(), force_terminal=True)
+    assert "\x1b" not in _printed(synthetic_analysis())
+
+
+def test_notebook_table_is_small_html(analysis):
+    shown = text.analysis_html(analysis)
+    assert shown.startswith("<table>")
+    assert findings.headline(analysis) in shown
+    assert len(shown) < 4000
+
+
+def test_notebooks_show_real_results():
+    share = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    gate = GateStats(kind="<soft>", steps=[0, 1], open_share=share, by_parameter={"<b>": share})
+    shown = notebook.html_of(gate)
+    assert "&lt;soft&gt;" in shown
+    assert "tensor 2, float64" in shown
+    assert "&lt;b&gt;" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.00"),
+        (0.01234, "0.0123"),
+        (1.0, "1.00"),
+        (1234.5, "1,234"),
+        (3.14159e-5, "3.14e-05"),
+        (-0.5, "-0.500"),
+        (float("nan"), "unknown"),
+        (float("inf"), "infinite"),
+    ],
+)
+def test_numbers_are_short(value, shown):
+    assert words.number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.0371, "3.7 %"), (0.0001, "< 0.1 %"), (0.9999, "> 99.9 %"), (1.5, "150 %"), (float("nan"), "unknown"), (0.0, "0.0 %")],
+)
+def test_shares_are_percentages(share, shown):
+    assert words.percent(share).replace(words.SPACE, " ") == shown
+
+
+def test_examples_without_a_number_are_left_out_of_the_ranking():
+    analysis = synthetic_analysis(has_nan=True)
+    assert 1 not in suspects.ranked(analysis)
+    assert len(suspects.ranked(analysis)) == 29
