@@ -20,11 +20,11 @@ from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.source import open_source
 from ntkscope.record.trace import Trace
 from ntkscope.record.trajectory import trace_from_checkpoints
-from ntkscope.results import Analysis, GateStats, History, RunInfo, Window
-from ntkscope.spectrum.channels import ChannelSplit, example_energy, split_channels
+from ntkscope.results import Analysis, RunInfo, Window
+from ntkscope.spectrum.channels import split_channels
 from ntkscope.spectrum.cutoffs import ALWAYS_SHOWN, Cutoff, apply_cutoff, parse_rule
 from ntkscope.spectrum.eigen import Spectrum, dissipation_spectrum
-from ntkscope.spectrum.examples import Examples, class_labels, crossing_times, margins
+from ntkscope.tables import examples_of, gate_of, history_of
 from ntkscope.walk import Progress, Row, Walk, walk_trajectory
 
 NUM_MATRICES = 16  # of size N x N, float64, alive at the peak (measured: benchmarks/RESULTS.md)
@@ -196,8 +196,8 @@ def _conclude(
     regime = _regime(walk, rows, state, trace, loss)
     facts = trace.facts
     stability = max((row.stability for row in rows[1:]), default=math.nan)
-    gate, gate_reason = _gate(walk, trace)
-    history = _history(walk)
+    gate, gate_reason = gate_of(walk, trace)
+    history = history_of(walk, spectrum)
     return Analysis(
         run=RunInfo(
             source=trace.source,
@@ -229,7 +229,7 @@ def _conclude(
         regime_reason=regime.reason,
         gate=gate,
         gate_reason=gate_reason,
-        examples=_examples(trace, spectrum, channels, rows, history),
+        examples=examples_of(trace, spectrum, channels, rows, history),
         history=history,
         warnings=_warnings(trace, closure, chosen, stability),
     )
@@ -285,87 +285,6 @@ def _loss_of(trace: Trace, loss: str | LossFn | None, outputs: Tensor) -> ProbeL
     if loss is None and trace.facts.loss not in NAMED_LOSSES:
         return None
     return bind_loss(trace.facts.loss if loss is None else loss, trace.probe["targets"], outputs)
-
-
-def _gate(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
-    """Collect how open the gate was."""
-    if trace.facts.gate is None:
-        return None, f"{trace.facts.optimizer.partition('(')[0]} has no gate"
-    shares = [(row.snapshot.step, row.snapshot.gate_open) for row in walk.history]
-    known = [(step, share) for step, share in shares if share is not None]
-    if not known:
-        return None, "the snapshots hold no gate statistics"
-    table = torch.stack([share for _, share in known])
-    sizes = torch.tensor(trace.facts.parameter_sizes, dtype=torch.float64)
-    overall = (table * sizes).sum(dim=1) / sizes.sum()
-    by_parameter = {name: table[:, k].contiguous() for k, name in enumerate(trace.facts.parameters)}
-    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter), ""
-
-
-def _examples(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History) -> Examples:
-    """Fill the table of examples."""
-    num_examples, num_classes = rows[-1].snapshot.outputs.shape
-    targets, clean = trace.probe["targets"], trace.probe.get("clean_targets")
-    labels = class_labels(targets, num_classes)
-    true_labels = None if clean is None else class_labels(clean, num_classes)
-    undefined = torch.full((num_examples,), torch.nan, dtype=torch.float64)
-    margin = average = undefined
-    if labels is not None:
-        table = torch.stack([margins(row.snapshot.outputs.double(), labels) for row in rows])
-        steps = torch.tensor([float(row.snapshot.step) for row in rows], dtype=torch.float64)
-        margin, average = table[-1], torch.trapezoid(table, steps, dim=0) / (steps[-1] - steps[0])
-    in_reservoir = example_energy(channels.reservoir_part(spectrum.residual), spectrum.owner, num_examples)
-    whole = example_energy(spectrum.residual, spectrum.owner, num_examples)
-    times = history.times.tolist()
-    is_noise = None
-    if clean is not None:
-        is_noise = (targets != clean).flatten(1).any(dim=1) if targets.ndim > 1 else targets != clean
-    return Examples(
-        ids=list(range(num_examples)),
-        labels=None if labels is None else labels.tolist(),
-        true_labels=None if true_labels is None else true_labels.tolist(),
-        is_noise=is_noise,
-        reservoir_energy=in_reservoir,
-        reservoir_share=in_reservoir / whole.clamp(min=torch.finfo(torch.float64).tiny),
-        loss=_example_losses(trace, rows[-1].snapshot),
-        margin=margin,
-        area_under_margin=average,
-        self_influence=rows[-1].self_influence,
-        half_time=crossing_times(history.example_residual, times, 0.5),
-        quarter_time=crossing_times(history.example_residual, times, 0.25),
-    )
-
-
-def _example_losses(trace: Trace, snapshot: Snapshot) -> Tensor:
-    """Compute each example's own loss; for a loss known only as a callable, its quadratic model n/2 g_iᵀ B_i† g_i."""
-    outputs, targets = snapshot.outputs.double(), trace.probe["targets"]
-    if trace.facts.loss == "cross_entropy":
-        targets = targets.double() if targets.is_floating_point() else targets
-        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
-    num_examples = len(outputs)
-    solved = torch.linalg.pinv(snapshot.hessian, hermitian=True) @ snapshot.gradient[:, :, None]
-    return 0.5 * num_examples * (snapshot.gradient[:, :, None] * solved).sum(dim=(1, 2))
-
-
-def _history(walk: Walk) -> History:
-    """Stack the rows."""
-    rows = walk.history
-    start = walk.first
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
-
-    return History(
-        steps=[row.snapshot.step for row in rows],
-        times=column([row.snapshot.time - start.time for row in rows]),
-        loss=column([row.snapshot.loss for row in rows]),
-        predicted_loss=column([start.loss - row.state_energy for row in rows]),
-        gradient_error=column([row.gradient_error for row in rows]),
-        eigvals=torch.stack([row.eigvals for row in rows]),
-        leading=torch.stack([row.leading for row in rows]),
-        example_residual=torch.stack([row.residual_share for row in rows]),
-        signal_share=column([row.signal_share for row in rows]),
-    )
 
 
 def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) -> tuple[str, ...]:

@@ -85,7 +85,8 @@ class History(Displayed):
         predicted_loss: Φ at the start minus the dissipated energy.
         gradient_error: ‖predicted g − g‖ / ‖g‖.
         eigvals: ω, descending; zero at the start.
-        leading: Coordinate of example i in mode k: ⟨v_k[i], h_i / ‖h_i‖⟩, signs aligned between snapshots.
+        leading_modes: The (at most three) modes of the window's end along which training removed the most loss, most first.
+        leading: Coordinate of example i along such a mode: the part of its residual that is gone there, ⟨v_k[i], (h − P̃h)_i⟩ / ‖h_i‖.
         example_residual: Share of each example's squared residual that is left, by the propagator.
         signal_share: hᵀ Ω h / hᵀ h, share of the squared residual that was dissipated.
     """
@@ -96,6 +97,7 @@ class History(Displayed):
     predicted_loss: Float[Tensor, " snapshots"]
     gradient_error: Float[Tensor, " snapshots"]
     eigvals: Float[Tensor, "snapshots modes"]
+    leading_modes: list[int]
     leading: Float[Tensor, "snapshots examples axes"]
     example_residual: Float[Tensor, "snapshots examples"]
     signal_share: Float[Tensor, " snapshots"]

@@ -18,7 +18,6 @@ from ntkscope.spectrum.channels import example_energy
 from ntkscope.spectrum.eigen import whitened_gramian
 from ntkscope.spectrum.whitening import Whitening, whiten
 
-NUM_LEADING = 3  # axes of the 3D view
 DISSIPATED = 0.5  # ω above which most of a direction's loss is gone
 SATURATED = 0.25  # share of such directions beyond which the split stops telling noise from signal (benchmarks/RESULTS.md)
 
@@ -38,7 +37,7 @@ class Row:
     state_energy: float
     gradient_error: float
     eigvals: Float[Tensor, " modes"]
-    leading: Float[Tensor, "examples axes"]
+    left: Float[Tensor, " modes"]  # B_s^{†½} P g_s: the residual that is left
     residual_share: Float[Tensor, " examples"]
     signal_share: float
 
@@ -106,7 +105,7 @@ def _first_row(first: Snapshot, kernel: Tensor, whitening: Whitening) -> Row:
         state_energy=0.0,
         gradient_error=0.0,
         eigvals=torch.zeros(whitening.num_modes, dtype=torch.float64),
-        leading=torch.zeros(num_examples, NUM_LEADING, dtype=torch.float64),
+        left=whitening.gradient(first.gradient.flatten()[:, None]).flatten(),
         residual_share=torch.ones(num_examples, dtype=torch.float64),
         signal_share=0.0,
     )
@@ -144,23 +143,10 @@ def _row(
         state_energy=state.energy,
         gradient_error=relative(float(torch.linalg.vector_norm(state.gradient - observed_gradient)), observed_gradient),
         eigvals=eigvals,
-        leading=_leading(eigvecs, residual, owner, initial, walk.history[-1].leading),
+        left=left,
         residual_share=example_energy(left, owner, num_examples) / initial.clamp(min=torch.finfo(torch.float64).tiny),
         signal_share=float((eigvals * (eigvecs.T @ residual).square()).sum() / residual.square().sum()),
     )
-
-
-def _leading(eigvecs: Tensor, residual: Tensor, owner: Tensor, initial: Tensor, before: Tensor) -> Tensor:
-    """Place every example in the leading directions: component of its residual's direction along each, signs as before."""
-    num_axes = min(NUM_LEADING, eigvecs.shape[1])
-    placed = torch.zeros(len(initial), NUM_LEADING, dtype=torch.float64)
-    weighted = eigvecs[:, :num_axes] * residual[:, None]
-    placed[:, :num_axes] = placed[:, :num_axes].index_add(0, owner, weighted)
-    placed /= initial.sqrt().clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    # An eigenvector's sign is free. With no row before, most of the mass points up.
-    agreement = (placed * before).sum(dim=0)
-    agreement = torch.where(agreement == 0, placed.sum(dim=0), agreement)
-    return placed * torch.where(agreement < 0, -1.0, 1.0)
 
 
 def _light(snapshot: Snapshot) -> Snapshot:

@@ -19,6 +19,7 @@ LAYERS = [
     ["record"],
     ["results"],
     ["walk"],
+    ["tables"],
     ["analysis"],
     ["view"],
     ["experiments"],

@@ -101,6 +101,7 @@ def synthetic_analysis(
         predicted_loss=loss * (1 + 0.02 * torch.randn(len(steps), generator=generator, dtype=torch.float64)),
         gradient_error=gradient_error,
         eigvals=eigvals,
+        leading_modes=[0, 1, 2],
         leading=torch.stack(leading),
         example_residual=example_residual,
         signal_share=removed,

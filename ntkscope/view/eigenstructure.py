@@ -13,9 +13,7 @@ from ntkscope.view.drawing import fixed_range, frame_rows, hover_facts, median, 
 from ntkscope.view.findings import stop_row
 from ntkscope.view.words import AnalysisLike, percent
 
-NUM_AXES = 3
 CLEAR_RATIO = 1.5  # of two medians, from which on a title compares them
-NEARLY_ALL = 0.9995
 # plotly draws 3D symbols as letters: these two are in every font.
 SYMBOL_SIZES = {"circle": 5, "cross": 8}
 
@@ -23,8 +21,9 @@ SYMBOL_SIZES = {"circle": 5, "cross": 8}
 def eigenstructure(analysis: AnalysisLike) -> go.Figure:
     """Draw every example in the three leading directions, over training.
 
-    A point's coordinate in mode k is ⟨v_k[i], h_i / ‖h_i‖⟩: the component of the example's residual along the mode. The squared
-    distance from the centre is therefore the share of the example's error direction that the three modes hold.
+    The axes are the three directions along which training removed the most loss, the same in every frame. A point's coordinate is
+    the part of the example's residual that is gone along the axis, relative to the whole of it: the squared distance from the centre
+    is the share of the example's squared error that was removed along the three.
 
     Args:
         analysis: The result.
@@ -48,8 +47,7 @@ def eigenstructure(analysis: AnalysisLike) -> go.Figure:
                 marker={"symbol": symbol, "size": SYMBOL_SIZES[symbol], "opacity": 0.95, "coloraxis": "coloraxis"},
                 customdata=[hover_facts(analysis, i) for i in members],
                 hovertemplate="example %{customdata[0]}<br>given label %{customdata[1]}, true label %{customdata[2]}"
-                "<br>reservoir energy %{customdata[3]}<br>component of its residual along<br>mode 1: %{x:.3f}, mode 2: %{y:.3f}, "
-                "mode 3: %{z:.3f}<extra></extra>",
+                f"<br>reservoir energy %{{customdata[3]}}<br>part of its error removed along<br>{_hover_modes(analysis)}<extra></extra>",
             )
         )
     if len(groups) > 1:
@@ -62,9 +60,7 @@ def eigenstructure(analysis: AnalysisLike) -> go.Figure:
     for k, colours in enumerate(first_colours):
         figure.update_traces(marker_color=colours, selector=k)
     axes = {
-        f"{letter}axis": palette.scene_axis(
-            _mode_title(history.eigvals[rows[active]], k), range=fixed_range(history.leading[rows, :, k]), nticks=5
-        )
+        f"{letter}axis": palette.scene_axis(_mode_title(analysis, k), range=fixed_range(history.leading[rows, :, k]), nticks=5)
         for k, letter in enumerate("xyz")
     }
     title = _eigenstructure_title(analysis, rows[active])
@@ -80,9 +76,6 @@ def eigenstructure(analysis: AnalysisLike) -> go.Figure:
                 name=str(history.steps[row]),
                 data=[go.Scatter3d(**_points(history.leading[row], members)) for _, _, members in groups],
                 traces=list(range(len(groups))),
-                layout={
-                    "scene": {f"{letter}axis": {"title": {"text": _mode_title(history.eigvals[row], k)}} for k, letter in enumerate("xyz")}
-                },
             )
             for row in rows
         ]
@@ -102,14 +95,26 @@ def _points(leading: Tensor, members: Sequence[int]) -> dict[str, list[float | N
     return {letter: values(leading[list(members), k]) for k, letter in enumerate("xyz")}
 
 
-def _mode_title(eigvals: Tensor, k: int) -> str:
-    """Name an axis by its mode and how much of its loss is gone."""
-    return f"mode {k + 1}, ω {_omega(float(eigvals[k]))}" if k < len(eigvals) else f"mode {k + 1} (there is none)"
+def _mode_title(analysis: AnalysisLike, k: int) -> str:
+    """Name an axis by its mode, and how much of the loss that training removed lies along it."""
+    modes = analysis.history.leading_modes
+    if k >= len(modes):
+        return "(no such mode)"
+    return f"mode {modes[k] + 1}: {percent(_removed_shares(analysis)[k])} of the removed loss"
 
 
-def _omega(value: float) -> str:
-    """Write an ω, with its relation."""
-    return "> 0.999" if 0.9995 <= value < 1 else f"= {value:.3f}" if math.isfinite(value) else "unknown"
+def _hover_modes(analysis: AnalysisLike) -> str:
+    """Name the coordinates of a hovered point."""
+    modes = analysis.history.leading_modes
+    return ", ".join(f"mode {mode + 1}: %{{{letter}:.3f}}" for mode, letter in zip(modes, "xyz", strict=False))
+
+
+def _removed_shares(analysis: AnalysisLike) -> list[float]:
+    """Compute which share of the loss that training removed lies along each axis."""
+    spectrum = analysis.spectrum
+    removed = spectrum.eigvals * (spectrum.eigvecs.T @ spectrum.residual).square()
+    total = float(removed.sum())
+    return [float(removed[mode]) / total if total > 0 else math.nan for mode in analysis.history.leading_modes]
 
 
 def _noise_groups(analysis: AnalysisLike) -> list[tuple[str, str, list[int]]]:
@@ -212,15 +217,32 @@ def _slider(steps: Sequence[int], active: int) -> dict[str, Any]:
 
 
 def _eigenstructure_title(analysis: AnalysisLike, row: int) -> str:
-    """Say how much was learned along the axes, and which share of the examples' errors they hold."""
+    """Say how much of the learning the axes hold, which labels they speak for, and where wrong labels are."""
     history, noise = analysis.history, analysis.examples.is_noise
-    held = history.leading[row].square().sum(dim=1)  # share of each example's error direction that the axes hold
-    omega = history.eigvals[row][:NUM_AXES]
-    least = float(omega.min())
-    removed = "nearly all" if least >= NEARLY_ALL else f"{percent(least)} or more"
-    begin = f"By step {history.steps[row]:,} training removed {removed} of the loss along its three strongest directions"
+    shares = _removed_shares(analysis)
+    begin = (
+        f"{percent(sum(shares))} of the loss that training removed went along {len(shares)} of {analysis.channels.num_modes:,} directions"
+    )
+    labels = _labels_of_axes(analysis, history.leading[row])
+    if labels:
+        begin += f", which speak mostly for {'label' if len(labels) == 1 else 'labels'} {', '.join(labels)}"
     if noise is not None and 0 < int(noise.sum()) < len(noise):
-        wrong, right = median(held[noise]), median(held[~noise])
-        if max(wrong, right) >= CLEAR_RATIO * min(wrong, right):
-            return f"{begin}; they hold {percent(right)} of the error of a right example and {percent(wrong)} of a wrongly labelled one"
-    return f"{begin}; they hold {percent(median(held))} of a typical example's error"
+        distances = history.leading[row].norm(dim=1)
+        wrong, right = median(distances[noise]), median(distances[~noise])
+        if right >= CLEAR_RATIO * wrong > 0:
+            return f"{begin}; a wrongly labelled example typically stays {right / wrong:.1f} times nearer to the centre than a right one"
+    return begin
+
+
+def _labels_of_axes(analysis: AnalysisLike, placed: Tensor) -> list[str]:
+    """Name, for each axis, the label whose examples move furthest along it together."""
+    labels = analysis.examples.labels
+    if labels is None or not bool(placed.nan_to_num(0.0).any()):
+        return []
+    found = []
+    for k in range(len(analysis.history.leading_modes)):
+        totals = {name: 0.0 for name in labels}
+        for name, value in zip(labels, placed[:, k].nan_to_num(0.0).tolist(), strict=True):
+            totals[name] += value
+        found.append(str(max(totals, key=lambda name: abs(totals[name]))))
+    return list(dict.fromkeys(found))

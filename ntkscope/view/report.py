@@ -42,7 +42,8 @@ FIGURE_TEXTS = {
         "slope means that the number depends on the rule. The lower panel shows where each rule would draw the line.",
     ),
     "eigenstructure": FigureText(
-        "Every point is one training example, placed by how much of its error lies along the three most strongly learned directions.",
+        "Every point is one training example, placed by how much of its error training has removed along three "
+        "directions: those along which it removed the most loss.",
         "Far from the centre: the shared patterns explain this example. Near the centre: they do not, so it is learned later, or stored "
         "by itself. Move the slider to watch training; drag, or use the turn buttons, to look from another side.",
     ),
