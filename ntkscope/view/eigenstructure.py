@@ -241,8 +241,8 @@ def _labels_of_axes(analysis: AnalysisLike, placed: Tensor) -> list[str]:
         return []
     found = []
     for k in range(len(analysis.history.leading_modes)):
-        totals = {name: 0.0 for name in labels}
+        totals = dict.fromkeys(labels, 0.0)
         for name, value in zip(labels, placed[:, k].nan_to_num(0.0).tolist(), strict=True):
             totals[name] += value
-        found.append(str(max(totals, key=lambda name: abs(totals[name]))))
+        found.append(html.escape(str(max(totals, key=lambda name: abs(totals[name])))))
     return list(dict.fromkeys(found))
