@@ -17,6 +17,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.kernel_speed
+	$(BIN)/python -m benchmarks.demo_quality
 
 # torch first and through the pin: whatever depends on torch must find it installed.
 .venv/ready: pyproject.toml constraints.txt

@@ -143,7 +143,7 @@ def test_the_slider_moves_the_points_but_not_the_axes_or_the_camera(opened):
     assert after[0] != before[0]
     assert after[1] == pytest.approx(before[1])
     assert after[2] == pytest.approx(before[2])
-    assert after[3] != before[3], "the title of an axis carries its omega"
+    assert after[3] == before[3], "the modes are those of the window's end in every frame"
     assert slider.get_attribute("aria-valuetext") != first_text
 
 
