@@ -69,7 +69,7 @@ def main() -> None:
             scores = later.examples.auroc
             assert scores is not None  # the demo plants noise
             half.append(scores["reservoir_energy"])
-            print(f"    window until half of the directions have omega > 1/2: step {later.window.stop_step}, AUROC {half[-1]:.3f}", flush=True)
+            print(f"    until half of the directions have omega > 1/2: step {later.window.stop_step}, AUROC {half[-1]:.3f}", flush=True)
         print(f"  mean AUROC of reservoir energy: default window {statistics.mean(quarter):.3f}, half {statistics.mean(half):.3f}")
         print("Other losses and optimizers (seed 0):")
         for options in VARIANTS:
