@@ -248,7 +248,8 @@ def _cutoffs(cutoff: str, spectrum: Spectrum, state: Dissipation, walk: Walk) ->
 def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace) -> Closure:
     """Measure the errors at the window's end."""
     first, last = rows[0].snapshot, rows[-1].snapshot
-    ratios = torch.tensor([row.local_ratio for row in rows[1:]], dtype=torch.float64)
+    # Each interval from the gradient observed at its start: errors do not build up, so only a wrong scale or noise shows.
+    local = sum(row.local_energy for row in rows)
     return measure_closure(
         state,
         losses=(first.loss, last.loss),
@@ -258,9 +259,8 @@ def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace) -> C
         circumstances=Circumstances(
             stability=max((row.stability for row in rows[1:]), default=math.nan),
             largest_kernel_step=max(row.kernel_step for row in rows),
-            scale_ratio=float(ratios.nanmedian()) if not bool(ratios.isnan().all()) else 1.0,
+            scale_ratio=(first.loss - last.loss) / local if local > 0 else 1.0,
             momentum_lag=trace.facts.momentum_lag,
-            num_intervals=len(rows) - 1,
         ),
     )
 
@@ -297,6 +297,8 @@ def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) 
             f"Not trustworthy: energy error {closure.energy_error:.1%} (limit 5 %), "
             f"gradient closure error {closure.gradient_error:.1%} (limit 25 %)."
         )
+    if closure.trustworthy:
+        found.extend(closure.causes)
     if stability > 1:
         found.append(f"The run crossed the edge of stability ({stability:.2f} of the stable limit).")
     if cutoff.rank == 0:

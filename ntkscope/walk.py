@@ -11,7 +11,8 @@ from torch import Tensor
 from ntkscope._checks import InputError
 from ntkscope._eigh import eigh
 from ntkscope.dynamics.closure import GRADIENT_LIMIT, relative
-from ntkscope.dynamics.dissipation import Dissipation, accumulate, init
+from ntkscope.dynamics.dissipation import Dissipation, extend, init, take_step
+from ntkscope.dynamics.interval import factor_interval
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace
 from ntkscope.spectrum.channels import example_energy
@@ -32,7 +33,7 @@ class Row:
     kernel_drift: float
     kernel_step: float
     self_influence: Float[Tensor, " examples"]
-    local_ratio: float  # observed over predicted loss decrease since the previous snapshot
+    local_energy: float  # loss decrease since the previous snapshot, predicted from the gradient observed there
     stability: float
     state_energy: float
     gradient_error: float
@@ -62,7 +63,7 @@ def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device
     whitening = whiten(first.hessian)
     num_query_outputs = None if first.cross_kernel is None else first.cross_kernel.shape[0]
     state = init(first.gradient.flatten(), num_query_outputs=num_query_outputs)
-    walk = Walk(whitening, _light(first), kernel, state)
+    walk = Walk(whitening, replace(_light(first), cross_kernel=first.cross_kernel), kernel, state)
     walk.history.append(_first_row(first, kernel, whitening))
     previous = first
     for position in range(start + 1, stop + 1):
@@ -70,18 +71,17 @@ def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device
         if snapshot.mean_hessian is None:
             raise InputError(f"The snapshot at step {snapshot.step} lacks the Hessian average since the one before. Record the run again.")
         next_kernel = snapshot.kernel()
-        before = state
-        state = accumulate(
-            state,
+        interval = factor_interval(
             0.5 * (kernel + next_kernel),
             snapshot.mean_hessian,
             snapshot.time - previous.time,
-            cross=_mean(previous.cross_kernel, snapshot.cross_kernel),
-            forcing=_flat_mean(previous.forcing, snapshot.forcing),
             negative_tolerance=max(previous.kernel_eps, snapshot.kernel_eps),
             device=device,
         )
-        walk.history.append(_row(walk, snapshot, previous, kernel, next_kernel, before, state, trace, device))
+        forcing = _flat_mean(previous.forcing, snapshot.forcing)
+        state = extend(state, interval, cross=_mean(previous.cross_kernel, snapshot.cross_kernel), forcing=forcing)
+        local = take_step(interval, previous.gradient.flatten(), forcing).energy
+        walk.history.append(_row(walk, snapshot, kernel, next_kernel, local, state, trace, device))
         walk.last = state
         row = walk.history[-1]
         if float((row.eigvals > DISSIPATED).double().mean()) <= SATURATED and row.gradient_error <= GRADIENT_LIMIT:
@@ -100,7 +100,7 @@ def _first_row(first: Snapshot, kernel: Tensor, whitening: Whitening) -> Row:
         kernel_drift=0.0,
         kernel_step=0.0,
         self_influence=_self_influence(kernel, num_examples),
-        local_ratio=math.nan,
+        local_energy=0.0,
         stability=math.nan,
         state_energy=0.0,
         gradient_error=0.0,
@@ -114,10 +114,9 @@ def _first_row(first: Snapshot, kernel: Tensor, whitening: Whitening) -> Row:
 def _row(
     walk: Walk,
     snapshot: Snapshot,
-    previous: Snapshot,
     kernel: Tensor,
     next_kernel: Tensor,
-    before: Dissipation,
+    local_energy: float,
     state: Dissipation,
     trace: Trace,
     device: torch.device | str | None,
@@ -130,7 +129,6 @@ def _row(
     eigvals, eigvecs = eigh(whitened_gramian(state, whitening), device=device)
     eigvals = eigvals.clamp(min=0.0)
     left = whitening.gradient((state.propagator @ walk.first.gradient.flatten())[:, None]).flatten()
-    predicted = state.energy - before.energy
     edge = trace.facts.stability_edge
     observed_gradient = snapshot.gradient.flatten()
     return Row(
@@ -138,7 +136,7 @@ def _row(
         kernel_drift=relative(float(torch.linalg.vector_norm(next_kernel - walk.first_kernel)), walk.first_kernel),
         kernel_step=relative(float(torch.linalg.vector_norm(next_kernel - kernel)), kernel),
         self_influence=_self_influence(next_kernel, num_examples),
-        local_ratio=(previous.loss - snapshot.loss) / predicted if predicted > 0 else math.nan,
+        local_energy=local_energy,
         stability=math.nan if edge is None else max(snapshot.learning_rates) * state.sharpness / edge,
         state_energy=state.energy,
         gradient_error=relative(float(torch.linalg.vector_norm(state.gradient - observed_gradient)), observed_gradient),
@@ -150,8 +148,8 @@ def _row(
 
 
 def _light(snapshot: Snapshot) -> Snapshot:
-    """Drop the kernel: a walk keeps every snapshot's outputs, not its N² numbers."""
-    return replace(snapshot, kernel_upper=snapshot.kernel_upper.new_empty(0))
+    """Drop the kernels: a walk keeps every snapshot's outputs, not its N² numbers."""
+    return replace(snapshot, kernel_upper=snapshot.kernel_upper.new_empty(0), cross_kernel=None)
 
 
 def _mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:

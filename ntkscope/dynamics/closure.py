@@ -29,7 +29,8 @@ class Closure(Displayed):
         query_error: ‖predicted − observed test motion‖ / ‖observed‖; None without a query set or with a forcing.
         forcing_share: Share of the dissipated loss that is due to weight decay.
         trustworthy: Energy error at most 5 % and gradient error at most 25 %.
-        causes: Likely causes of what is not, each with what to do.
+        causes: Likely causes of errors that are too large, each with what to do; a loss of the wrong scale is named in any case, because
+            a run that converged closes with any scale.
     """
 
     energy_predicted: float
@@ -50,16 +51,15 @@ class Circumstances:
     Attributes:
         stability: Stability number, edge at 1; NaN if unknown.
         largest_kernel_step: Largest ‖K_{j+1} − K_j‖ / ‖K_j‖ in the window.
-        scale_ratio: Median over intervals of observed over predicted loss decrease; 1 when the loss has the trained scale.
+        scale_ratio: Observed loss decrease over the sum of what each interval predicts from the gradient observed at its start; 1 when
+            the loss has the trained scale.
         momentum_lag: β/(1 − β), steps.
-        num_intervals: Intervals in the window.
     """
 
     stability: float
     largest_kernel_step: float
     scale_ratio: float
     momentum_lag: float
-    num_intervals: int
 
 
 def measure_closure(
@@ -101,7 +101,7 @@ def measure_closure(
         query_error=query_error,
         forcing_share=(state.energy - state.homogeneous_energy) / state.energy if state.energy else 0.0,
         trustworthy=trustworthy,
-        causes=() if trustworthy else _likely_causes(circumstances),
+        causes=_scale_cause(circumstances) if trustworthy else _likely_causes(circumstances),
     )
 
 
@@ -129,11 +129,7 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
             f"Edge of stability: lr * sharpness is {found.stability:.2f} of the stable limit, so outputs oscillate and gradient flow "
             "does not describe them. Lower the learning rate, or end the window earlier (--window)."
         )
-    if abs(found.scale_ratio - 1) > SCALE_LIMIT:
-        causes.append(
-            f"Loss scale or minibatch noise: between snapshots the loss fell {found.scale_ratio:.2f} times as much as predicted (median). "
-            "Give the recorder the loss at the scale you train with, and check gradient clipping and loss scaling."
-        )
+    causes.extend(_scale_cause(found))
     if found.largest_kernel_step > LARGE_STEP:
         causes.append(
             f"Too few snapshots: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
@@ -149,3 +145,14 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
         "A larger probe or batch, or a smaller learning rate, brings the run closer to it."
     )
     return tuple(causes)
+
+
+def _scale_cause(found: Circumstances) -> tuple[str, ...]:
+    """Name a loss that is not at the scale that is trained."""
+    if abs(found.scale_ratio - 1) <= SCALE_LIMIT:
+        return ()
+    return (
+        f"Loss scale: from snapshot to snapshot the loss fell {found.scale_ratio:.2f} times as much as the gradients there predict. "
+        "Give the recorder the loss at the scale you train with, and check gradient clipping and loss scaling; "
+        "few snapshots and minibatch noise can do the same.",
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
-from ntkscope.dynamics.interval import factor_interval
+from ntkscope.dynamics.interval import Interval, factor_interval
 
 
 @dataclass(frozen=True)
@@ -96,33 +96,82 @@ def accumulate(
     """
     _check_shapes(state, gram, hessian_blocks, cross)
     interval = factor_interval(gram, hessian_blocks, elapsed, negative_tolerance=negative_tolerance, device=device)
+    return extend(state, interval, cross=cross, forcing=forcing)
+
+
+def extend(
+    state: Dissipation,
+    interval: Interval,
+    *,
+    cross: Float[Tensor, "query_outputs outputs"] | None = None,
+    forcing: Float[Tensor, " outputs"] | None = None,
+) -> Dissipation:
+    """Append a factored interval to a window: the second half of `accumulate`.
+
+    Args:
+        state: The window so far.
+        interval: From `factor_interval`.
+        cross: As for `accumulate`.
+        forcing: As for `accumulate`.
+
+    Returns:
+        The longer window.
+    """
     coordinates = interval.coordinates(state.propagator)
     motion = interval.displace(coordinates)  # D_step P
     transfer = state.transfer
     if transfer is not None and cross is not None:
         transfer = transfer + cross.to("cpu", torch.float64) @ interval.average(state.propagator)
-
-    g = state.gradient[:, None]
-    along_gradient = interval.coordinates(g)
-    homogeneous = float(interval.dissipate(along_gradient))
-    gradient, energy = g - interval.apply_hessian(interval.displace(along_gradient)), homogeneous
-    if forcing is not None:
-        r = forcing.detach().to("cpu", torch.float64).flatten()[:, None]
-        moved = -interval.displace(along_gradient) - interval.average_transposed(r)
-        gradient = gradient - interval.average(interval.apply_hessian(r))
-        energy = float(-g.T @ moved - 0.5 * moved.T @ interval.apply_hessian(moved))
-
+    step = take_step(interval, state.gradient, forcing)
     return Dissipation(
         gramian=state.gramian + interval.dissipate(coordinates),
         propagator=state.propagator - interval.apply_hessian(motion),
         displacement=state.displacement + motion,
         transfer=transfer,
-        elapsed=state.elapsed + elapsed,
-        gradient=gradient.flatten(),
-        energy=state.energy + energy,
-        homogeneous_energy=state.homogeneous_energy + homogeneous,
+        elapsed=state.elapsed + interval.elapsed,
+        gradient=step.gradient,
+        energy=state.energy + step.energy,
+        homogeneous_energy=state.homogeneous_energy + step.homogeneous_energy,
         sharpness=float(interval.rates.max()) if len(interval.rates) else 0.0,
     )
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """What one interval does to one output gradient.
+
+    Attributes:
+        gradient: At the interval's end.
+        energy: Loss dissipated on the way, forcing included.
+        homogeneous_energy: The same without forcing, gᵀ W_step g.
+    """
+
+    gradient: Float[Tensor, " outputs"]
+    energy: float
+    homogeneous_energy: float
+
+
+def take_step(interval: Interval, gradient: Float[Tensor, " outputs"], forcing: Float[Tensor, " outputs"] | None = None) -> GradientStep:
+    """Follow one output gradient over an interval (theory.md section 4).
+
+    Args:
+        interval: From `factor_interval`.
+        gradient: g at its start.
+        forcing: r of du/dτ = −K g − r.
+
+    Returns:
+        Gradient at its end, and the loss dissipated.
+    """
+    g = gradient[:, None]
+    coordinates = interval.coordinates(g)
+    homogeneous = float(interval.dissipate(coordinates))
+    end = g - interval.apply_hessian(interval.displace(coordinates))
+    if forcing is None:
+        return GradientStep(end.flatten(), homogeneous, homogeneous)
+    r = forcing.detach().to("cpu", torch.float64)[:, None]
+    moved = -interval.displace(coordinates) - interval.average_transposed(r)
+    energy = float(-g.T @ moved - 0.5 * moved.T @ interval.apply_hessian(moved))
+    return GradientStep((end - interval.average(interval.apply_hessian(r))).flatten(), energy, homogeneous)
 
 
 def _check_shapes(state: Dissipation, gram: Tensor, hessian_blocks: Tensor, cross: Tensor | None) -> None:
