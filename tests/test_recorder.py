@@ -222,6 +222,7 @@ def test_resuming_continues_the_same_trace(tmp_path):
     train(model, inputs, targets, optimizer, 12)
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": first.state_dict()})
     train(model, inputs, targets, optimizer, 9)  # lost: the job is killed here
+    assert first.trace.steps[-1] == 21  # a snapshot that no schedule takes again: resuming must drop it
 
     model, inputs, targets = problem()
     optimizer = OPTIMIZERS["momentum"](model.parameters())
