@@ -92,8 +92,11 @@ def analyze(
     _check_time(trace, start, stop)
     walk = walk_trajectory(trace, start, stop, device=device, progress=progress)
     end = _default_stop(walk) if window is None else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
-    state = walk.kept if window is None and walk.kept is not None and end.index == walk.kept_index else walk.last
-    return _conclude(trace, walk, end, state, cutoff=cutoff, loss=loss, start=start, device=device)
+    if window is None and walk.kept is not None:
+        state, summed = walk.kept, walk.kept_summed
+    else:
+        state, summed = walk.last, walk.summed
+    return _conclude(trace, walk, end, state, summed, cutoff=cutoff, loss=loss, start=start, device=device)
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ def _conclude(
     walk: Walk,
     end: _Stop,
     state: Dissipation,
+    summed: Tensor | None,
     *,
     cutoff: str,
     loss: str | LossFn | None,
@@ -185,7 +189,7 @@ def _conclude(
 ) -> Analysis:
     """Draw the conclusions at the window's end."""
     gradient = walk.first.gradient.flatten()
-    spectrum = dissipation_spectrum(state, walk.whitening, gradient, device=device)
+    spectrum = dissipation_spectrum(state, walk.whitening, gradient, tie_breaker=summed, device=device)
     cutoffs = _cutoffs(cutoff, spectrum, state, walk)
     chosen = cutoffs[cutoff]
     if chosen.rank is None:

@@ -51,7 +51,9 @@ class Walk:
     first: Snapshot
     first_kernel: Float[Tensor, "outputs outputs"]
     last: Dissipation
+    summed: Float[Tensor, "modes modes"]  # Ω summed over the snapshots: what was learned first is largest
     kept: Dissipation | None = None  # at the last snapshot that qualifies for the default window
+    kept_summed: Float[Tensor, "modes modes"] | None = None
     kept_index: int = 0
     history: list[Row] = field(default_factory=list)
 
@@ -63,7 +65,7 @@ def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device
     whitening = whiten(first.hessian)
     num_query_outputs = None if first.cross_kernel is None else first.cross_kernel.shape[0]
     state = init(first.gradient.flatten(), num_query_outputs=num_query_outputs)
-    walk = Walk(whitening, replace(_light(first), cross_kernel=first.cross_kernel), kernel, state)
+    walk = Walk(whitening, replace(_light(first), cross_kernel=first.cross_kernel), kernel, state, whitened_gramian(state, whitening))
     walk.history.append(_first_row(first, kernel, whitening))
     previous = first
     for position in range(start + 1, stop + 1):
@@ -85,7 +87,7 @@ def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device
         walk.last = state
         row = walk.history[-1]
         if float((row.eigvals > DISSIPATED).double().mean()) <= SATURATED and row.gradient_error <= GRADIENT_LIMIT:
-            walk.kept, walk.kept_index = state, len(walk.history) - 1
+            walk.kept, walk.kept_summed, walk.kept_index = state, walk.summed, len(walk.history) - 1
         previous, kernel = snapshot, next_kernel
         if progress is not None:
             progress(position - start, stop - start)
@@ -126,7 +128,9 @@ def _row(
     whitening, owner = walk.whitening, walk.whitening.owner
     residual = whitening.gradient(walk.first.gradient.flatten()[:, None]).flatten()
     initial = example_energy(residual, owner, num_examples)
-    eigvals, eigvecs = eigh(whitened_gramian(state, whitening), device=device)
+    omega = whitened_gramian(state, whitening)
+    walk.summed = walk.summed + omega
+    eigvals, eigvecs = eigh(omega, device=device)
     eigvals = eigvals.clamp(min=0.0)
     left = whitening.gradient((state.propagator @ walk.first.gradient.flatten())[:, None]).flatten()
     edge = trace.facts.stability_edge

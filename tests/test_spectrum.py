@@ -90,6 +90,18 @@ def test_channels_are_complementary_projectors(window, rank):
     assert_close(energies.sum(), hidden.square().sum()) if hidden.any() else None
 
 
+def test_tied_directions_are_ordered_by_the_tie_breaker():
+    """Where everything is dissipated Ω is the identity to rounding: its own eigenvectors would mean nothing."""
+    kernel = torch.diag(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)) * 1e3
+    blocks = torch.eye(1, dtype=torch.float64).expand(3, 1, 1)
+    gradient = torch.ones(3, dtype=torch.float64)
+    state = accumulate(init(gradient), kernel, blocks, 1.0)
+    spectrum = dissipation_spectrum(state, whiten(blocks), gradient, tie_breaker=kernel)
+    assert_close(spectrum.eigvecs.abs(), torch.eye(3, dtype=torch.float64)[:, [0, 2, 1]])
+    untied = dissipation_spectrum(accumulate(init(gradient), kernel, blocks, 1e-4), whiten(blocks), gradient, tie_breaker=-kernel)
+    assert_close(untied.eigvecs.abs(), torch.eye(3, dtype=torch.float64)[:, [0, 2, 1]])  # what is resolved keeps its order
+
+
 def test_saturated_softmax_keeps_every_direction():
     """The range of B is fixed: tiny eigenvalues of nearly certain examples still count."""
     outputs = torch.tensor([[25.0, 0.0, -3.0], [0.1, 0.2, 0.3]], dtype=torch.float64)

@@ -13,6 +13,8 @@ from ntkscope._eigh import eigh
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.spectrum.whitening import OUTSIDE_TOLERANCE, Whitening
 
+TIED = 1e-9  # relative gap of ω below which float64 does not resolve directions
+
 
 @dataclass(frozen=True)
 class Spectrum(Displayed):
@@ -40,7 +42,12 @@ class Spectrum(Displayed):
 
 
 def dissipation_spectrum(
-    state: Dissipation, whitening: Whitening, gradient: Float[Tensor, " outputs"], *, device: torch.device | str | None = None
+    state: Dissipation,
+    whitening: Whitening,
+    gradient: Float[Tensor, " outputs"],
+    *,
+    tie_breaker: Float[Tensor, "modes modes"] | None = None,
+    device: torch.device | str | None = None,
 ) -> Spectrum:
     """Decompose Ω = 2 B^½ W B^½ and P̃ = B^{†½} P B^½ on R.
 
@@ -48,6 +55,8 @@ def dissipation_spectrum(
         state: Operators of the window.
         whitening: Of B_s, the loss Hessian at its start.
         gradient: g_s.
+        tie_breaker: Orders directions whose ω are equal to rounding (hundreds are 1 late in training), for example Ω summed over the
+            window's snapshots: what was learned first comes first. Without it their basis is arbitrary, and differs between machines.
         device: Where to decompose.
 
     Returns:
@@ -66,6 +75,10 @@ def dissipation_spectrum(
             "(a piecewise linear loss?). Start the window where the loss is curved, or use a smooth loss."
         )
     eigvals, eigvecs = eigh(whitened_gramian(state, whitening), device=device)
+    if tie_breaker is not None:
+        num_tied = int((eigvals >= (1 - TIED) * eigvals[0]).sum())
+        tied = eigvecs[:, :num_tied]
+        eigvecs = torch.cat([tied @ eigh(tied.T @ tie_breaker @ tied, device=device)[1], eigvecs[:, num_tied:]], dim=1)
     eigvals = eigvals.clamp(min=0.0)  # W is positive semidefinite by construction; what is below zero is rounding
     rotated = whitening.gradient(state.propagator)  # B^{†½} P, then P B^½ as motions of its rows
     propagator = whitening.motion(rotated.T.contiguous()).T
