@@ -141,7 +141,7 @@ def _row(
         kernel_step=relative(float(torch.linalg.vector_norm(next_kernel - kernel)), kernel),
         self_influence=_self_influence(next_kernel, num_examples),
         local_energy=local_energy,
-        stability=math.nan if edge is None else max(snapshot.learning_rates) * state.sharpness / edge,
+        stability=math.nan if edge is None else max(snapshot.learning_rates, default=math.nan) * state.sharpness / edge,
         state_energy=state.energy,
         gradient_error=relative(float(torch.linalg.vector_norm(state.gradient - observed_gradient)), observed_gradient),
         eigvals=eigvals,

@@ -1,5 +1,6 @@
 """One moment of a run, with everything the analysis needs from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -8,6 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntkscope._checks import InputError, check_finite
+from ntkscope.record.fields import check_fields
+
+NUMBERS = {"step", "time", "learning_rates", "loss"}
+REQUIRED = {"outputs", "gradient", "hessian", "kernel_upper"}
 
 
 @dataclass(frozen=True)
@@ -87,22 +92,52 @@ class Snapshot:
         Raises:
             InputError: If a field is missing or unknown, a shape does not fit, or an entry is not finite.
         """
-        try:
-            values = {**numbers, **tensors, "learning_rates": tuple(float(rate) for rate in numbers["learning_rates"])}
-            snapshot = Snapshot(mean_hessian=values.pop("mean_hessian", None), **values)
-            num_outputs = snapshot.outputs.numel()
-            is_sound = (
-                snapshot.gradient.shape == snapshot.outputs.shape
-                and snapshot.hessian.shape == (*snapshot.outputs.shape, snapshot.outputs.shape[1])
-                and snapshot.kernel_upper.shape == (num_outputs * (num_outputs + 1) // 2,)
-            )
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise InputError(f"A snapshot is not in the format of this version: {error}. Record it again.") from error
-        if not is_sound:
-            raise InputError(f"The snapshot at step {snapshot.step} is damaged: its tensors do not fit one another. Record it again.")
+        source = f"The snapshot at step {numbers.get('step')}"
+        check_fields(Snapshot, numbers, source, names=NUMBERS)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise InputError(f"{source} is damaged: its tensors are none. Record it again.")
+        known = {field.name for field in fields(Snapshot)} - NUMBERS
+        missing, unknown = sorted(REQUIRED - set(tensors)), sorted(set(tensors) - known)
+        if missing or unknown:
+            raise InputError(f"{source} is damaged: tensors missing {missing}, unknown {unknown}. Record it again.")
+        shapes = _expected_shapes(tensors)
+        wrong = [name for name, tensor in tensors.items() if name in shapes and tuple(tensor.shape) != shapes[name]]
+        if wrong:
+            raise InputError(f"{source} is damaged: {', '.join(wrong)} do not fit its outputs. Record it again.")
+        rates = tuple(float(rate) for rate in numbers["learning_rates"])
+        optional: dict[str, Any] = {name: tensors.get(name) for name in known - REQUIRED}
+        snapshot = Snapshot(
+            step=numbers["step"],
+            time=float(numbers["time"]),
+            learning_rates=rates,
+            loss=float(numbers["loss"]),
+            **{name: tensors[name] for name in REQUIRED},
+            **optional,
+        )
         for name, tensor in tensors.items():
             check_finite(f"`{name}` of the snapshot at step {snapshot.step}", tensor, "Choose a window that ends before it.")
         return snapshot
+
+
+def _expected_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Derive every tensor's shape from the outputs (and the query outputs)."""
+    outputs, query = tensors["outputs"], tensors.get("query_outputs")
+    if outputs.ndim != 2 or outputs.numel() == 0:
+        return {"outputs": (-1, -1)}
+    num_examples, num_classes = outputs.shape
+    num_outputs = num_examples * num_classes
+    blocks = (num_examples, num_classes, num_classes)
+    expected: dict[str, tuple[int, ...]] = {
+        "gradient": (num_examples, num_classes),
+        "hessian": blocks,
+        "mean_hessian": blocks,
+        "kernel_upper": (num_outputs * (num_outputs + 1) // 2,),
+        "forcing": (num_examples, num_classes),
+    }
+    if query is not None:
+        expected["query_outputs"] = (len(query) if query.ndim else 0, num_classes)
+    expected["cross_kernel"] = (query.numel() if query is not None else -1, num_outputs)
+    return expected
 
 
 def pack_upper(kernel: Float[Tensor, "outputs outputs"]) -> Float[Tensor, " pairs"]:

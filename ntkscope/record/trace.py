@@ -6,7 +6,7 @@ renamed: a killed run loses at most the snapshot in flight. No pickle.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
+from ntkscope.record.fields import check_fields
 from ntkscope.record.snapshot import Snapshot
 
 SCHEMA = "ntkscope.trace/1"
@@ -92,6 +93,8 @@ class Trace(Displayed):
                 f"The snapshot at step {snapshot.step} has outputs {tuple(snapshot.outputs.shape)}, the trace {shape}: "
                 "it is of another probe or model."
             )
+        if (snapshot.cross_kernel is None) == (self.facts.num_query > 0):
+            raise InputError(f"The snapshot at step {snapshot.step} and the trace disagree on whether there is a query set.")
         return snapshot
 
     def __iter__(self) -> Iterator[Snapshot]:
@@ -133,10 +136,13 @@ def trace_from_state(state: Mapping[str, Any], source: str) -> Trace:
     """
     _check_schema(state.get("schema"), source)
     try:
-        trace = Trace(_facts(state["facts"], source), dict(state["probe"]), source)
+        facts = _facts(state["facts"], source)
+        trace = Trace(facts, _probe(state["probe"], facts, source), source)
         for part in state["snapshots"]:
-            trace.append(Snapshot.join(part["numbers"], part["tensors"]))
-    except (KeyError, TypeError) as error:
+            trace.append(Snapshot.join(dict(part["numbers"]), dict(part["tensors"])))
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(f"The recorder's state in {source} is damaged: {error!r}.") from error
     return trace
 
@@ -167,6 +173,7 @@ def load_trace(folder: Path) -> Trace:
         raise InputError(f"The trace in {folder} is damaged: {error}.") from error
     _check_schema(schema, str(manifest))
     facts = _facts(values, str(manifest))
+    probe = _probe(probe, facts, str(folder))
     files = {int(path.stem.rpartition("-")[2]): path for path in folder.glob("snapshot-*.safetensors")}
     return Trace(facts, probe, str(folder), dict(files))
 
@@ -267,9 +274,19 @@ def _check_schema(schema: object, source: str) -> None:
         )
 
 
+def _probe(tensors: Mapping[str, Any], facts: RunFacts, source: str) -> dict[str, Tensor]:
+    """Check that the probe's targets are there, one per example."""
+    lengths = {"targets": facts.num_examples, "clean_targets": facts.num_examples, "query_targets": facts.num_query}
+    probe = dict(tensors)
+    is_sound = "targets" in probe and set(probe) <= set(lengths)
+    if not (is_sound and all(isinstance(t, Tensor) and t.ndim and len(t) == lengths[name] for name, t in probe.items())):
+        raise InputError(f"The probe in {source} is damaged: it must hold `targets`, one per example. Record the run again.")
+    return probe
+
+
 def _facts(values: Mapping[str, Any], source: str) -> RunFacts:
-    """Rebuild facts, naming what is missing."""
-    missing = sorted({field.name for field in fields(RunFacts)} - set(values))
-    if missing:
-        raise InputError(f"{source} lacks {', '.join(missing)}: it is damaged, or of an unfinished version.")
+    """Rebuild facts, naming what is missing or of the wrong type."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source} is damaged: its facts are {type(values).__name__}, not a table.")
+    check_fields(RunFacts, values, source)
     return RunFacts(**values)
