@@ -265,6 +265,7 @@ def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace) -> C
             largest_kernel_step=max(row.kernel_step for row in rows),
             scale_ratio=(first.loss - last.loss) / local if local > 0 else 1.0,
             momentum_lag=trace.facts.momentum_lag,
+            train_only=tuple(trace.facts.train_only),
         ),
     )
 
@@ -309,6 +310,9 @@ def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) 
         found.append(f"Cutoff {cutoff.rule!r} finds no signal direction: everything is reservoir in this window.")
     if abs(closure.forcing_share) > 0.01:
         found.append(f"Weight decay accounts for {closure.forcing_share:.1%} of the dissipated loss; it is left out of the channels.")
+    if trace.facts.train_only:
+        kinds = ", ".join(trace.facts.train_only)
+        found.append(f"{kinds} act differently in training; the probe is followed in evaluation mode, so some error may be theirs.")
     if trace.facts.momentum_lag > 0:
         found.append(f"Momentum: the flow lags the optimizer by about {trace.facts.momentum_lag:.0f} steps.")
     return tuple(found)

@@ -86,7 +86,7 @@ def _example_losses(trace: Trace, snapshot: Snapshot) -> Tensor:
     """Compute each example's own loss; for a loss known only as a callable, its quadratic model n/2 g_iᵀ B_i† g_i."""
     outputs, targets = snapshot.outputs.double(), trace.probe["targets"]
     if trace.facts.loss == "cross_entropy":
-        targets = targets.double() if targets.is_floating_point() else targets
+        targets = targets.double() if targets.is_floating_point() else targets.long()
         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
     num_examples = len(outputs)
     solved = torch.linalg.pinv(snapshot.hessian, hermitian=True) @ snapshot.gradient[:, :, None]

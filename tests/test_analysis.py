@@ -220,6 +220,24 @@ def test_too_few_snapshots_are_named():
     assert any("Not trustworthy" in warning for warning in analysis.warnings)
 
 
+def test_layers_that_act_differently_in_training_are_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    inputs, targets = torch.randn(10, 5), torch.randint(3, (10,))
+    targets[0] = -100  # an ignored example has no margin
+    recorder = ntkscope.Recorder(model, probe=(inputs, targets), loss=nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    recorder.attach(optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    analysis = ntkscope.analyze(recorder)
+    assert any("BatchNorm1d, Dropout act differently in training" in warning for warning in analysis.warnings)
+    assert analysis.closure.trustworthy or any("Training mode" in cause for cause in analysis.closure.causes)
+    assert analysis.examples.margin.isnan().tolist() == [True] + [False] * 9
+
+
 def test_a_zero_learning_rate_has_no_time():
     with pytest.raises(ntkscope.InputError, match="There is no time between"):
         record(lambda p: torch.optim.SGD(p, lr=0.0), steps=5)

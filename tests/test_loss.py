@@ -59,6 +59,13 @@ def test_mean_hessian_is_the_integral_along_the_way():
     assert_close(bound.mean_hessian_blocks(OUTPUTS, OUTPUTS + 0.3 * REAL), torch.trapezoid(blocks, points, dim=0), rtol=1e-5)
 
 
+def test_targets_may_be_flat_or_of_another_integer_type():
+    column, flat = OUTPUTS[:, :1], torch.tensor([0.0, 1.0, 1.0, 0.0])
+    expected = float(nn.BCEWithLogitsLoss()(column.flatten(), flat.double()))
+    assert bind_loss(nn.BCEWithLogitsLoss(), flat, column).value(column) == pytest.approx(expected)
+    assert bind_loss("cross_entropy", LABELS.int(), OUTPUTS).value(OUTPUTS) == bind_loss("cross_entropy", LABELS, OUTPUTS).value(OUTPUTS)
+
+
 def test_the_users_module_is_not_changed():
     loss = nn.CrossEntropyLoss(weight=WEIGHTS.float())
     bind_loss(loss, LABELS, OUTPUTS.float())

@@ -231,6 +231,7 @@ def test_eigh_refuses_what_is_not_finite():
 def test_margins_and_labels():
     outputs = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
     assert margins(outputs, torch.tensor([1, 0])).tolist() == [1.0, -5.0]
+    assert margins(outputs, torch.tensor([-100, 2])).isnan().tolist() == [True, False]
     assert class_labels(torch.eye(3)[[2, 0]], 3).tolist() == [2, 0]
     assert class_labels(torch.tensor([2, 0]), 3).tolist() == [2, 0]
     assert class_labels(torch.randn(4, 1), 1) is None

@@ -54,12 +54,14 @@ class Circumstances:
         scale_ratio: Observed loss decrease over the sum of what each interval predicts from the gradient observed at its start; 1 when
             the loss has the trained scale.
         momentum_lag: β/(1 − β), steps.
+        train_only: Kinds of modules that act differently in training.
     """
 
     stability: float
     largest_kernel_step: float
     scale_ratio: float
     momentum_lag: float
+    train_only: tuple[str, ...]
 
 
 def measure_closure(
@@ -139,6 +141,11 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
         causes.append(
             f"Momentum lag: the optimizer acts on gradients about {found.momentum_lag:.0f} steps old, which gradient flow leaves out. "
             "It shows most in short windows; take a longer one."
+        )
+    if found.train_only:
+        causes.append(
+            f"Training mode: {', '.join(found.train_only)} act differently in training, and the probe is followed in evaluation mode. "
+            "Record the run with these layers frozen or left out, to see how much of the error is theirs."
         )
     causes.append(
         "Minibatch noise and examples beyond the probe: the operators follow the probe's own mean gradient. "

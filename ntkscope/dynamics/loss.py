@@ -163,15 +163,14 @@ def bind_loss(loss: str | LossFn | nn.Module, targets: Tensor, outputs: Float[Te
             f"The probe's targets must have one entry per example: {num_examples} examples, targets of shape {tuple(targets.shape)}."
         )
     held = targets.to(outputs.device)
-    held = held.double() if held.is_floating_point() else held
+    held = held.double() if held.is_floating_point() else held.long()
+    if held.is_floating_point() and held.numel() == outputs.numel():
+        held = held.reshape(outputs.shape)  # outputs are always seen as (examples, classes), also where the model returns (examples,)
     if name in ("squared", "mse") and held.shape != outputs.shape:
-        if held.is_floating_point() and held.numel() == outputs.numel():
-            held = held.reshape(outputs.shape)
-        else:
-            raise InputError(
-                f"Loss {name!r} needs targets of the outputs' shape {tuple(outputs.shape)}, got {tuple(held.shape)} of {held.dtype}. "
-                "Encode class labels one-hot, or use loss='cross_entropy'."
-            )
+        raise InputError(
+            f"Loss {name!r} needs targets of the outputs' shape {tuple(outputs.shape)}, got {tuple(held.shape)} of {targets.dtype}. "
+            "Encode class labels one-hot, or use loss='cross_entropy'."
+        )
 
     def bound(predictions: Tensor) -> Tensor:
         return function(predictions, held)

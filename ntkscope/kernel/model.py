@@ -87,3 +87,20 @@ def working_dtype(parameters: dict[str, nn.Parameter]) -> torch.dtype:
     """
     is_double = any(parameter.dtype == torch.float64 for parameter in parameters.values())
     return torch.float64 if is_double else torch.float32
+
+
+def train_only_kinds(model: nn.Module) -> list[str]:
+    """List the kinds of modules that act differently in training than in evaluation mode, which the kernel is taken in.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Class names of dropout and batch normalization layers, sorted.
+    """
+    found = set()
+    for module in model.modules():
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if is_dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found.add(type(module).__name__)
+    return sorted(found)

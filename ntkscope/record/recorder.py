@@ -19,7 +19,7 @@ from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
 from ntkscope.kernel.gram import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.jacobian import Routes, compute_jacobian
-from ntkscope.kernel.model import forward_rows
+from ntkscope.kernel.model import forward_rows, train_only_kinds
 from ntkscope.record import optimizers
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.schedule import Schedule, check_schedule, next_step
@@ -124,6 +124,7 @@ class Recorder:
             parameter_sizes=[parameter.numel() for parameter in routes.parameters.values()],
             gate=str(optimizer.param_groups[0]["gate"]) if isinstance(optimizer, optimizers.GatedAdamW) else None,
             probe_hash=self.probe.hash,
+            train_only=train_only_kinds(self.model),
         )
         self._begin_trace(facts)
         self._run = _Run(optimizer, precond, routes, coverage)

@@ -41,6 +41,7 @@ class RunFacts:
         parameter_sizes: Their numbers of entries.
         gate: Kind of the gate, None without.
         probe_hash: SHA-256 of probe inputs and targets.
+        train_only: Kinds of modules that act differently in training (Dropout, BatchNorm); the probe is followed in evaluation mode.
         stopped: Why recording ended early; empty if it did not.
     """
 
@@ -57,6 +58,7 @@ class RunFacts:
     parameter_sizes: list[int]
     gate: str | None
     probe_hash: str
+    train_only: list[str]
     stopped: str = ""
 
 

@@ -12,7 +12,7 @@ from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import probe_routes
 from ntkscope.kernel.gram import DEFAULT_MEMORY, blockwise_gram
-from ntkscope.kernel.model import forward_rows, select_parameters
+from ntkscope.kernel.model import forward_rows, select_parameters, train_only_kinds
 from ntkscope.record.checkpoint import find_weights, load_checkpoint, stored_learning_rate, stored_step
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.snapshot import Snapshot, pack_upper
@@ -81,6 +81,7 @@ def trace_from_checkpoints(
         parameter_sizes=[parameter.numel() for parameter in parameters.values()],
         gate=None,
         probe_hash=probe.hash,
+        train_only=train_only_kinds(model),
     )
     trace = Trace(facts, probe.tensors(), ", ".join(str(files[k]) for k in order))
     previous: Tensor | None = None

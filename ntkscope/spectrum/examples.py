@@ -121,11 +121,13 @@ def margins(outputs: Float[Tensor, "examples classes"], labels: Tensor) -> Float
         labels: Integer labels.
 
     Returns:
-        Margins; negative means misclassified.
+        Margins; negative means misclassified, NaN a label outside the classes (an ignored one).
     """
-    own = outputs.gather(1, labels[:, None]).squeeze(1)
-    others = outputs.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    return own - others
+    is_class = (labels >= 0) & (labels < outputs.shape[1])
+    known = torch.where(is_class, labels, 0)[:, None]
+    own = outputs.gather(1, known).squeeze(1)
+    others = outputs.scatter(1, known, -torch.inf).amax(dim=1)
+    return torch.where(is_class, own - others, torch.nan)
 
 
 def crossing_times(shares: Float[Tensor, "snapshots examples"], times: Sequence[float], level: float) -> Float[Tensor, " examples"]:
