@@ -15,7 +15,7 @@ from torch import Tensor
 from ntkscope._display import Displayed, Plots, write_report
 from ntkscope.dynamics.closure import Closure
 from ntkscope.dynamics.dissipation import Dissipation
-from ntkscope.dynamics.drift import Drift, Regime
+from ntkscope.dynamics.drift import Drift
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
 from ntkscope.spectrum.eigen import Spectrum
@@ -313,6 +313,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(part) for part in value]
     return value
-
-
-__all__ = ["Analysis", "GateStats", "History", "Regime", "RunInfo", "Window"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ntkscope._checks import InputError, UnsupportedError
 from ntkscope.record.trace import SCHEMA
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+WRAPPERS = ("module.", "_orig_mod.")
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "opt")
 STEP_KEYS = ("step", "global_step", "steps", "iteration")
@@ -103,7 +103,7 @@ def find_weights(content: Any, path: Path) -> dict[str, Tensor]:
             f"Run `ntkscope inspect {path}` to see what it holds."
         )
     named = dict(weights)
-    for prefix in WRAPPERS[:2]:
+    for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in named):
             named = {name.removeprefix(prefix): value for name, value in named.items()}
     return named
