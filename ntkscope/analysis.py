@@ -27,7 +27,7 @@ from ntkscope.spectrum.eigen import Spectrum, dissipation_spectrum
 from ntkscope.tables import examples_of, gate_of, history_of
 from ntkscope.walk import Progress, Row, Walk, walk_trajectory
 
-NUM_MATRICES = 16  # of size N x N, float64, alive at the peak (measured: benchmarks/RESULTS.md)
+NUM_MATRICES = 60  # of size N x N, float64, at the peak: 54 were measured at N = 1,000 (benchmarks/RESULTS.md)
 
 
 def analyze(
