@@ -95,7 +95,7 @@ class Recorder:
         """Start recording the steps of `optimizer`.
 
         Args:
-            optimizer: SGD, Adam, AdamW or GatedAdamW, of torch or a subclass that keeps the name; others with `precond`.
+            optimizer: SGD, Adam, AdamW or GatedAdamW; others, their subclasses included, with `precond`.
             precond: For other optimizers: `precond(optimizer, parameter)`, the diagonal M of its last step.
 
         Raises:
