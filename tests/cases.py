@@ -3,65 +3,23 @@
     model, inputs = case.build(torch.float64)
     _, query = case.build(torch.float64, draw=1, num_examples=4)  # the same model, other inputs
 
-Outputs are (n, C). Half of the models are left in train mode: the code under test must switch to eval, and back.
+Outputs are (n, C), row i a function of input row i only. More models are in the files cases_*.py.
+Half of the models are left in train mode: the code under test must switch to eval, and back.
 """
 
 import itertools
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
+import cases_layers
+import cases_layouts
+import cases_parameters
+import cases_sequence
 import torch
-from torch import Tensor, nn
+from cases_base import NUM_CLASSES, NUM_EXAMPLES, Case, MeanPool, features, perturb, tokens
+from torch import nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-NUM_EXAMPLES = 5
-NUM_CLASSES = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named maker; `build` gives the same values in every dtype (drawn in float32) and leaves the global RNG alone."""
-
-    name: str
-    make_model: Callable[[], nn.Module]
-    make_inputs: Callable[[int], Any]
-    training: bool
-    stops_gradient: bool = False  # part of the forward pass is not differentiated: finite differences do not apply
-
-    def build(self, dtype: torch.dtype = torch.float64, *, num_examples: int = NUM_EXAMPLES, draw: int = 0) -> tuple[nn.Module, Any]:
-        """Return the model in its train or eval mode and inputs number `draw` of `num_examples` examples."""
-        seed = zlib.crc32(self.name.encode()) % 2**31
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.make_model().to(dtype).train(self.training)
-            torch.manual_seed(seed + 1 + draw)
-            inputs = self.make_inputs(num_examples)
-        return model, pytree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-
-    def __str__(self) -> str:
-        """Return the name, for `ids=str`."""
-        return self.name
-
-
-def features(*shape: int) -> Callable[[int], Tensor]:
-    """Return a maker of standard normal inputs of shape (n, *shape)."""
-    return lambda num: torch.randn(num, *shape)
-
-
-def perturb(model: nn.Module) -> nn.Module:
-    """Move every parameter by noise, so that none is at a special value such as LayerNorm's ones and zeros."""
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.1 * torch.randn_like(param))
-    return model
-
-
-class MeanPool(nn.Module):
-    def forward(self, x):
-        return x.mean(dim=1)
+__all__ = ["BY_NAME", "CASES", "NUM_CLASSES", "NUM_EXAMPLES", "Case", "MeanPool", "features", "mlp", "perturb", "tokens"]
 
 
 class CalledTwice(nn.Module):
@@ -300,10 +258,6 @@ def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool =
     return nn.Sequential(*layers[:-1])
 
 
-def tokens(vocabulary: int, *shape: int) -> Callable[[int], Tensor]:
-    return lambda num: torch.randint(vocabulary, (num, *shape))
-
-
 C = NUM_CLASSES
 CASES = [
     Case("linear", lambda: nn.Linear(4, C), features(4), training=True),
@@ -385,5 +339,9 @@ CASES = [
     Case("detached_branch", DetachedBranch, features(4), training=True, stops_gradient=True),
     Case("linear_subclass", lambda: nn.Sequential(SquaredLinear(4, 5), nn.Tanh(), nn.Linear(5, C)), features(4), training=False),
     Case("residual", Residual, features(4), training=True),
+    *cases_layers.CASES,
+    *cases_sequence.CASES,
+    *cases_parameters.CASES,
+    *cases_layouts.CASES,
 ]
 BY_NAME = {case.name: case for case in CASES}

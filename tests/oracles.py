@@ -29,33 +29,27 @@ class Operators(NamedTuple):
 # --- Jacobians and kernels (section 1) ---------------------------------------------------------------------------------------
 
 
-class _Call(nn.Module):
-    """The model and how it is called, as one module for `functional_call`."""
-
-    def __init__(self, model, forward_fn):
-        super().__init__()
-        self.model, self.forward_fn = model, forward_fn
-
-    def forward(self, inputs):
-        return self.model(inputs) if self.forward_fn is None else self.forward_fn(self.model, inputs)
-
-
 def double(tree: Any) -> Any:
     """Floating tensors of a pytree as float64, the rest as it is."""
     return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
 
+def _copy(model):
+    return copy.deepcopy(model).double().eval()
+
+
+def _outputs(model, inputs, forward_fn):
+    inputs = double(inputs)
+    return model(inputs) if forward_fn is None else forward_fn(model, inputs)
+
+
 def jacobian(model: nn.Module, inputs: Any, forward_fn: Callable | None = None) -> dict[str, Tensor]:
     """J_S of section 1 by parameter: name -> (N, numel), eval mode, `requires_grad` only, tied parameters once (first name)."""
-    call = _Call(copy.deepcopy(model).double().eval(), forward_fn)
-    inputs = double(inputs)
-    params = {name: param.detach() for name, param in call.named_parameters() if param.requires_grad}
-
-    def outputs(params):
-        return torch.func.functional_call(call, params, (inputs,)).reshape(-1)
-
-    rows = torch.func.jacrev(outputs, chunk_size=1)(params)  # one row at a time, no vmap: weight_norm has no batching rule
-    return {name.removeprefix("model."): row.reshape(len(row), -1) for name, row in rows.items()}
+    model = _copy(model)
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    outputs = _outputs(model, inputs, forward_fn).flatten()
+    rows = [torch.autograd.grad(u, list(params.values()), retain_graph=True, materialize_grads=True) for u in outputs]
+    return {name: torch.stack(grads).reshape(len(rows), -1) for name, grads in zip(params, zip(*rows, strict=True), strict=True)}
 
 
 def stacked_jacobian(model: nn.Module, inputs: Any, forward_fn: Callable | None = None) -> Tensor:
@@ -72,10 +66,14 @@ def gram(
     *,
     num_outputs: int | None = None,
     forward_fn: Callable | None = None,
+    loss: Callable | None = None,
+    targets: Any = None,
+    other_targets: Any = None,
 ) -> Tensor:
     """J M J'^T of section 1, rows `inputs`, columns `other` (default `inputs`).
 
-    `outputs`: "full" (N, N'), "trace" (n, n') = sum_c K[(i,c), (j,c)], "sum" (n, n') = gradient of sum_c u_c, "class=k" (n, n').
+    `outputs`: "full" (N, N'), "trace" (n, n') = sum_c K[(i,c), (j,c)], "sum" (n, n') = gradient of sum_c u_c, "class=k" (n, n'),
+    "loss" (n, n') = gradients of loss(u_i[None], y_i[None]), with y of `targets` and of `other_targets` (for `other`).
     `precond` maps every parameter name to its diagonal M. `num_outputs` is C, by default the model's last output axis.
     """
     left = jacobian(model, inputs, forward_fn)
@@ -84,9 +82,13 @@ def gram(
     full = sum((left[name] * scale[name]) @ right[name].T for name in left)
     if outputs == "full":
         return full
+    if outputs == "loss":
+        g = _loss_gradients(model, inputs, targets, loss, forward_fn)
+        g_other = g if other is None else _loss_gradients(model, other, other_targets, loss, forward_fn)
+        return torch.einsum("ic,icjd,jd->ij", g, full.reshape(*g.shape, *g_other.shape), g_other)
     if num_outputs is None:
         with torch.no_grad():
-            num_outputs = _Call(copy.deepcopy(model).double().eval(), forward_fn)(double(inputs)).shape[-1]
+            num_outputs = _outputs(_copy(model), inputs, forward_fn).shape[-1]
     blocks = full.reshape(full.shape[0] // num_outputs, num_outputs, full.shape[1] // num_outputs, num_outputs)
     if outputs == "trace":
         return torch.einsum("icjc->ij", blocks)
@@ -94,6 +96,13 @@ def gram(
         return blocks.sum(dim=(1, 3))
     index = int(outputs.removeprefix("class="))
     return blocks[:, index, :, index]
+
+
+def _loss_gradients(model, inputs, targets, loss, forward_fn):
+    """Gradient of loss(u_i[None], y_i[None]) with respect to u_i, (n, C)."""
+    outputs = _outputs(_copy(model), inputs, forward_fn)
+    pairs = ((u[None], pytree.tree_map(lambda y, i=i: y[i : i + 1], targets)) for i, u in enumerate(outputs))
+    return torch.cat([loss_gradient(loss, u, y) for u, y in pairs]).flatten(1)
 
 
 # --- The loss as a function of outputs (section 1) ---------------------------------------------------------------------------
