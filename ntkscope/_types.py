@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-KernelOutputs = Literal["full", "trace"]
+KernelOutputs = str  # "full", "trace", "sum", "class=k" or "loss": see `kernel.readout`
+BatchNormMode = Literal["eval", "batch"]
 GramMethod = Literal["auto", "autograd"]
 GateKind = Literal["soft", "hard", "snr", "open"]
 

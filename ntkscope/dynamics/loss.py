@@ -13,29 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, UserError, check_choice, check_finite
+from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import LossFn
 
 CONVEXITY_TOLERANCE = 1e-8
-
-
-def squared(outputs: Float[Tensor, "examples classes"], targets: Tensor) -> Float[Tensor, ""]:
-    """Compute ½‖u_i − y_i‖², mean over examples (theory.md section 1).
-
-    Args:
-        outputs: Model outputs.
-        targets: Same shape.
-
-    Returns:
-        The loss.
-    """
-    return 0.5 * (outputs - targets).square().sum(dim=1).mean()
-
-
-NAMED_LOSSES: dict[str, LossFn] = {
-    "squared": squared,
-    "mse": nn.functional.mse_loss,
-    "cross_entropy": nn.functional.cross_entropy,
-}
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,13 @@
-"""Hooks that see what a layer saw, and leave the model as they found it.
+"""Running a model for a measurement, and leaving it as it was found: modes, buffers, random state, numerical settings."""
 
-Only `capture_layers` registers hooks, only `undisturbed` touches modes, buffers and random state, and both are context managers.
-"""
-
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of one layer: a module called twice makes two."""
-
-    module_name: str
-    module: nn.Module
-    input: Tensor  # detached
-    output: Tensor  # in the autograd graph
-
-
-@contextmanager
-def capture_layers(modules: Mapping[str, nn.Module]) -> Generator[list[LayerCall], None, None]:
-    """Record every call of `modules` made inside the block.
-
-    Args:
-        modules: Modules to watch, by name.
-
-    Yields:
-        The list of calls, in order; it fills as the model runs.
-    """
-    calls: list[LayerCall] = []
-    handles = []
-
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad):
-                return None  # nothing differentiable happened, e.g. under torch.no_grad
-            calls.append(LayerCall(name, module, args[0].detach(), output))
-            # The model goes on with a copy: an in-place operation after the layer (nn.ReLU(inplace=True)) would otherwise
-            # move our `output` to the far side of that operation, and its gradient with it.
-            return output.clone()
-
-        return hook
-
-    try:
-        for name, module in modules.items():
-            # First in line: a user's own forward hook may replace the output, and the rule is about the layer itself.
-            handles.append(module.register_forward_hook(hook_for(name), prepend=True))
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+from ntkscope._types import BatchNormMode
 
 
 @contextmanager
@@ -81,3 +35,54 @@ def undisturbed(model: nn.Module) -> Generator[None, None, None]:
                     # Written only if it changed: a write would bump the version counter of a buffer that a live graph holds.
                     if not torch.equal(buffer, saved):
                         buffer.copy_(saved)
+
+
+@contextmanager
+def full_precision() -> Generator[None, None, None]:
+    """Multiply float32 in float32: no TF32 or bfloat16 inside products, on any device; settings are put back."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def batch_norm_statistics(model: nn.Module, mode: BatchNormMode, run: Callable[[], object]) -> Generator[None, None, None]:
+    """Choose what BatchNorm normalizes with; running statistics are put back.
+
+    Args:
+        model: Any module.
+        mode: "eval": its running statistics, with a warning where they were never updated; "batch": those of the batch, held fixed.
+        run: Runs the model on the batch.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+    if mode == "eval":
+        fresh = [name for name, norm in norms.items() if not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())]
+        if fresh:
+            warnings.warn(
+                f"BatchNorm {', '.join(fresh)} has running statistics that were never updated (mean 0, variance 1). "
+                "Train first, or use bn='batch'.",
+                stacklevel=4,
+            )
+        yield
+        return
+    with undisturbed(model), torch.no_grad():
+        momenta = {norm: norm.momentum for norm in norms.values()}
+        try:
+            for norm in momenta:
+                norm.training, norm.momentum = True, 1.0  # one pass replaces the statistics by the batch's
+            run()
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+        for norm in momenta:
+            norm.training = False
+        with torch.enable_grad():
+            yield

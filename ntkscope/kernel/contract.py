@@ -1,120 +1,251 @@
-"""From two factored Jacobians to J M J'ᵀ, in chunks of columns."""
+"""From two factored Jacobians to J M J'ᵀ: for every parameter the cheapest exact contraction.
 
-from collections.abc import Iterator, Mapping
+With n, n' examples, C classes, N = n C, T positions, u units and k inputs of one weight (multiply-adds; half of them where both sides
+are the same block, since only the lower triangle is computed):
+
+| contraction | M = I | elementwise M | when it wins |
+| --- | --- | --- | --- |
+| `grams`: <d aᵀ, d' a'ᵀ> = Σ_ts <d_t, d'_s> <a_t, a'_s> | T² (n n' k + N N' u) | – | few positions: plain Linear, tokens |
+| `modes`, T = 1: Q_o = a M_o a'ᵀ, then Σ_o d_o Q_o d'_o | – | n n' u k + N N' u | Linear under Adam or a gate |
+| `gradients`: form d aᵀ in chunks of columns, multiply | N N' u k + (N + N') T u k | the same | many positions |
+
+`trace` sums over classes: N N' becomes C n n'. The second row is ours: theory.md section 1 has only the third for M ≠ I.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntkscope._types import KernelOutputs
-from ntkscope.kernel.jacobian import FactoredJacobian
-from ntkscope.kernel.rules.factor import PositionFactor
+from ntkscope.kernel.cost import cheapest
+from ntkscope.kernel.factor import FactoredJacobian, OuterFactor
+from ntkscope.kernel.precond import Precond
 
-Precond = Mapping[str, Tensor | float]
+ROW_BLOCKS = 8  # of a symmetric product: 9/16 of the multiplications instead of all
 
 
 def contract(
-    left: FactoredJacobian, right: FactoredJacobian, *, precond: Precond | None, outputs: KernelOutputs, chunk_bytes: int
-) -> Float[Tensor, "rows columns"]:
-    """Contract two Jacobians over all parameters.
+    left: FactoredJacobian,
+    right: FactoredJacobian,
+    total: Float[Tensor, "rows columns"],
+    *,
+    precond: Precond | None,
+    trace: bool,
+    chunk_bytes: int,
+    names: frozenset[str] | None = None,
+) -> None:
+    """Add J M J'ᵀ of two blocks of examples to `total`.
 
     Args:
         left: Jacobian of the rows.
-        right: Jacobian of the columns.
+        right: Jacobian of the columns; `left` itself for a diagonal block, of which only the lower triangle is filled reliably.
+        total: Where to add, of any precision: `(n C, n' C)`, or `(n, n')` with `trace`.
         precond: Diagonal M by parameter name: a tensor shaped as the parameter, or one number; the identity if not given.
-        outputs: "full" or "trace".
-        chunk_bytes: Bound on a chunk of per-example weight gradients.
-
-    Returns:
-        Shape `(n C, n' C)` for "full", `(n, n')` for "trace".
+        trace: Sum over classes.
+        chunk_bytes: Bound on what is formed at a time.
+        names: Parameters to take; all if not given.
     """
-    per_example = 1 if outputs == "trace" else left.num_classes
-    total = left.rows.new_zeros(left.num_examples * per_example, right.num_examples * per_example)
-    for name, parts in left.factors.items():
-        scale = 1.0 if precond is None else precond[name]
-        for factor, other in _pairs(parts, right.factors.get(name, [])):
-            if isinstance(scale, Tensor):
-                weight = scale.to(total)
-                # [units, inputs]: a bias has one input, which is always one
-                matrix = (weight.flatten(1) if weight.ndim > 1 else weight[:, None])[factor.units]
-                total += _by_weight_gradients(factor, other, matrix, outputs, chunk_bytes)
-            elif factor.activations.shape[1] == other.activations.shape[1] == 1:
-                total += scale * _by_two_grams(factor, other, outputs)
-            else:
-                total += scale * _by_weight_gradients(factor, other, None, outputs, chunk_bytes)
-    others = right.row_blocks()
-    for name, block in left.row_blocks().items():
-        scale = 1.0 if precond is None else precond[name]
-        weighted = block * (scale.to(block).flatten() if isinstance(scale, Tensor) else scale)
-        total += _flat(weighted, outputs) @ _flat(others[name], outputs).T
-    return total
+    is_same = left is right
+    for name in left.shapes:
+        if names is not None and name not in names:
+            continue
+        scale: Tensor | float = 1.0 if precond is None else precond[name]
+        if isinstance(scale, Tensor) and scale.ndim == 0 and left.shapes[name] != scale.shape:
+            scale = float(scale)
+        if isinstance(scale, Tensor):
+            scale = scale.to(left.outputs.device, left.dtype)
+        if name in left.rows and name in right.rows:
+            _add_rows(total, left.rows[name], right.rows[name], scale, trace, chunk_bytes, is_same)
+        for factor in left.factors.get(name, []):
+            for other in right.factors.get(name, []):
+                _add_factors(total, factor, other, scale, trace, chunk_bytes, is_same and factor is other)
 
 
-def _pairs(left: list[PositionFactor], right: list[PositionFactor]) -> Iterator[tuple[PositionFactor, PositionFactor]]:
-    """Match factors of the same rows of a weight."""
-    by_units = {(factor.units.start, factor.units.stop): factor for factor in right}
-    for factor in left:
-        other = by_units.get((factor.units.start, factor.units.stop))
-        if other is not None:
-            yield factor, other
+def _add_factors(
+    total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
+) -> None:
+    """Choose the contraction of two factors of one parameter."""
+    if left.is_token != right.is_token:
+        _add_tied(total, left, right, scale, trace, chunk_bytes)
+        return
+    if (left.part.start, left.part.stop) != (right.part.start, right.part.stop):
+        return  # different rows of the parameter
+    weight = left.diagonal(scale) if isinstance(scale, Tensor) else None
+    if left.is_token:
+        left, right, weight = _one_hot(left, right, weight)
+        is_same = is_same and left is right
+    way = cheapest(
+        num_rows=left.grads.shape[0],
+        num_columns=right.grads.shape[0],
+        num_classes=left.grads.shape[1],
+        units=left.grads.shape[2],
+        inputs=left.inputs.shape[2],
+        positions=max(left.inputs.shape[1], right.inputs.shape[1]),
+        is_weighted=weight is not None,
+        is_trace=trace,
+    )
+    if left.inputs.shape[2] == 0:
+        return  # no token in common
+    plain = scale if not isinstance(scale, Tensor) else 1.0
+    if way == "grams":
+        _add_grams(total, left, right, plain, trace, chunk_bytes, is_same)
+    elif way == "modes":
+        assert weight is not None  # cheapest() offers it only then
+        _add_modes(total, left, right, weight, trace, chunk_bytes, is_same)
+    else:
+        _add_gradients(total, left, right, plain if weight is None else weight, trace, chunk_bytes, is_same)
 
 
-def _flat(gradients: Float[Tensor, "examples classes columns"], outputs: KernelOutputs) -> Tensor:
-    """View gradients as matrix rows: one per output, or one per example (whose products sum over classes: the trace)."""
-    return gradients.flatten(1) if outputs == "trace" else gradients.flatten(0, 1)
+def _one_hot(left: OuterFactor, right: OuterFactor, weight: Tensor | None) -> tuple[OuterFactor, OuterFactor, Tensor | None]:
+    """Write tokens as one-hot activations over the tokens that both sides have: never over the vocabulary."""
+    own = torch.unique(left.inputs)
+    shared = own if left is right else own[torch.isin(own, torch.unique(right.inputs))]
+
+    def over_shared(factor: OuterFactor) -> OuterFactor:
+        hot = (factor.inputs[:, :, None] == shared).to(factor.grads)
+        return OuterFactor(factor.grads, hot, slice(0, factor.grads.shape[2]), factor.transposed)
+
+    first = over_shared(left)
+    second = first if left is right else over_shared(right)
+    return first, second, None if weight is None else weight[:, shared]
 
 
-def _by_two_grams(left: PositionFactor, right: PositionFactor, outputs: KernelOutputs) -> Tensor:
-    """One position: <d aᵀ, d' a'ᵀ> = <d, d'> <a, a'>, so two small Grams suffice and no gradient is formed."""
-    inputs = left.activations.flatten(1) @ right.activations.flatten(1).T  # [examples, examples']
-    grads = _flat(left.output_grads.flatten(2), outputs) @ _flat(right.output_grads.flatten(2), outputs).T
-    if outputs == "trace":
-        return grads * inputs
-    num_classes = left.output_grads.shape[1]
-    blocks = grads.view(inputs.shape[0], num_classes, inputs.shape[1], num_classes)
-    return (blocks * inputs[:, None, :, None]).view(grads.shape)
+def _add_tied(total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tensor | float, trace: bool, chunk_bytes: int) -> None:
+    """A table that is also a head's weight: its gradients d aᵀ meet those of tokens, e_token d'ᵀ, where the token is the unit."""
+    if left.is_token:
+        transposed = total.new_zeros(total.shape[::-1])
+        _add_tied(transposed, right, left, scale, trace, chunk_bytes)
+        total += transposed.T
+        return
+    n, num_classes, _, positions = left.grads.shape
+    other, num_tokens = right.grads.shape[0], right.inputs.shape[1]
+    token_grads = right.grads.permute(0, 3, 1, 2)  # [examples', tokens, classes, inputs]
+    if isinstance(scale, Tensor):
+        token_grads = token_grads * scale[right.inputs][:, :, None, :]
+    tokens = right.inputs.flatten()
+    per_row = num_classes * positions * other * num_tokens * 2 * left.grads.element_size()
+    for rows in _slices(n, max(1, chunk_bytes // per_row)):
+        picked = left.grads[rows][:, :, tokens].unflatten(2, (other, num_tokens))  # [rows, classes, examples', tokens, positions]
+        inner = torch.einsum("itk,jsdk->itjsd", left.inputs[rows], token_grads)
+        block = torch.einsum("icjst,itjsc->ij" if trace else "icjst,itjsd->icjd", picked, inner)
+        where = rows if trace else slice(rows.start * num_classes, rows.stop * num_classes)
+        block = block if trace else block.flatten(2).flatten(0, 1)
+        total[where] += block if isinstance(scale, Tensor) else scale * block
 
 
-def _by_weight_gradients(
-    left: PositionFactor, right: PositionFactor, weight: Tensor | None, outputs: KernelOutputs, chunk_bytes: int
-) -> Tensor:
-    """General case: per-output weight gradients, a chunk of columns at a time, weighted by M.
+def _add_rows(
+    total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
+) -> None:
+    """Multiply plain gradient rows, in chunks of columns."""
+    width = left.shape[2]
+    step = max(1, chunk_bytes // (2 * (left.shape[:2].numel() + right.shape[:2].numel()) * left.element_size()))
+    flat = scale.flatten() if isinstance(scale, Tensor) else None
+    for columns in _slices(width, step):
+        first = left[:, :, columns]
+        weighted = first if flat is None else first * flat[columns]
+        _add_product(total, _flat(weighted, trace), _flat(right[:, :, columns], trace), 1.0 if flat is not None else float(scale), is_same)
 
-    With M an elementwise weight the two small Grams no longer factor (theory.md section 1).
 
-    Args:
-        left: Factor of the rows.
-        right: Factor of the columns.
-        weight: M of the factor's rows of the parameter; the identity if None.
-        outputs: The kind.
-        chunk_bytes: Bound on a chunk.
-
-    Returns:
-        The contribution to the kernel.
-    """
-    num_inputs, num_units = left.activations.shape[2], left.output_grads.shape[3]
-    rows = left.output_grads.shape[:2].numel() + right.output_grads.shape[:2].numel()
-    column_bytes = 2 * rows * left.activations.element_size()  # gradients and their weighted copy
-    columns = max(1, chunk_bytes // column_bytes)
+def _add_gradients(
+    total: Tensor, left: OuterFactor, right: OuterFactor, weight: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
+) -> None:
+    """Form per-output weight gradients, a chunk of columns at a time, weighted by M."""
+    num_inputs, num_units = left.inputs.shape[2], left.grads.shape[2]
+    num_rows = left.grads.shape[:2].numel() + (0 if is_same else right.grads.shape[:2].numel())
+    is_weighted = isinstance(weight, Tensor)
+    columns = max(1, chunk_bytes // ((num_rows + (left.grads.shape[:2].numel() if is_weighted else 0)) * left.grads.element_size()))
     units_step, inputs_step = max(1, columns // num_inputs), min(num_inputs, columns)
-    total: Tensor | float = 0.0
     for units in _slices(num_units, units_step):
         for inputs in _slices(num_inputs, inputs_step):
             first = _weight_gradients(left, units, inputs)
-            second = first if right is left else _weight_gradients(right, units, inputs)
-            weighted = first if weight is None else first * weight[units, inputs].flatten()
-            total = total + _flat(weighted, outputs) @ _flat(second, outputs).T
-    assert isinstance(total, Tensor)  # a weight has at least one column
-    return total
+            second = first if is_same else _weight_gradients(right, units, inputs)
+            weighted = first * weight[units, inputs].flatten() if isinstance(weight, Tensor) else first
+            _add_product(total, _flat(weighted, trace), _flat(second, trace), 1.0 if isinstance(weight, Tensor) else weight, is_same)
 
 
-def _weight_gradients(factor: PositionFactor, units: slice, inputs: slice) -> Float[Tensor, "examples classes columns"]:
+def _weight_gradients(factor: OuterFactor, units: slice, inputs: slice) -> Float[Tensor, "examples classes columns"]:
     """Form gradients of every output in weight[units, inputs]."""
-    grads = factor.output_grads[..., units].transpose(2, 3).flatten(1, 2)  # [examples, classes * units, positions]
-    gradients = torch.bmm(grads, factor.activations[:, :, inputs])  # [examples, classes * units, inputs]
-    return gradients.view(*factor.output_grads.shape[:2], -1)
+    grads = factor.grads[:, :, units]
+    gradients = grads.flatten(1, 2) @ factor.inputs[:, :, inputs]  # [examples, classes * units, inputs]
+    return gradients.view(*grads.shape[:2], -1)
+
+
+def _flat(gradients: Float[Tensor, "examples classes columns"], trace: bool) -> Tensor:
+    """View gradients as matrix rows: one per output, or one per example (whose products sum over classes: the trace)."""
+    return gradients.flatten(1) if trace else gradients.flatten(0, 1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, is_same: bool) -> None:
+    """Add scale * left @ rightᵀ; only the blocks on and below the diagonal where both sides are one block of examples."""
+    num_blocks = min(ROW_BLOCKS, -(-len(left) // 64)) if is_same else 1
+    for rows in _slices(len(left), -(-len(left) // num_blocks)):
+        stop = rows.stop if is_same else len(right)
+        product = left[rows] @ right[:stop].T
+        total[rows, :stop] += product if scale == 1.0 else product.mul_(scale)
+
+
+def _add_grams(
+    total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool
+) -> None:
+    """Two small Grams, of inputs and of output gradients, multiplied elementwise and summed over pairs of positions."""
+    n, num_classes, _, _ = left.grads.shape
+    num_inner = left.inputs.shape[1] * right.inputs.shape[1]
+    width = (1 if trace else num_classes**2) * num_inner
+    per_row = 3 * width * len(right.grads) * left.grads.element_size()
+    for rows, stop in _row_chunks(n, len(right.grads), max(1, chunk_bytes // per_row), is_same):
+        d, e = left.grads[rows], right.grads[:stop]  # [examples, classes, units, positions]
+        inputs = left.inputs[rows].flatten(0, 1) @ right.inputs[:stop].flatten(0, 1).T  # [examples positions, examples' positions']
+        if trace:
+            grads = d.permute(0, 3, 1, 2).flatten(2).flatten(0, 1) @ e.permute(0, 3, 1, 2).flatten(2).flatten(0, 1).T
+            products = (grads * inputs).view(len(d), d.shape[3], stop, e.shape[3])
+            block = products.sum(dim=(1, 3)) if num_inner > 1 else products.flatten(2).flatten(0, 1)
+        else:
+            grads = d.permute(0, 1, 3, 2).flatten(0, 2) @ e.permute(0, 1, 3, 2).flatten(0, 2).T
+            products = grads.view(len(d), num_classes, d.shape[3], stop, num_classes, e.shape[3])
+            products = products.mul_(inputs.view(len(d), 1, d.shape[3], stop, 1, e.shape[3]))
+            summed = products.sum(dim=(2, 5)) if num_inner > 1 else products
+            block = summed.reshape(len(d) * num_classes, stop * num_classes)
+        _add_block(total, block, rows, stop, 1 if trace else num_classes, scale)
+
+
+def _add_modes(
+    total: Tensor, left: OuterFactor, right: OuterFactor, weight: Tensor, trace: bool, chunk_bytes: int, is_same: bool
+) -> None:
+    """One position and elementwise M: a weighted Gram of inputs per unit, then its sum over units with the output gradients."""
+    n, num_classes, num_units, _ = left.grads.shape
+    itemsize = left.grads.element_size()
+    a, b = left.inputs[:, 0], right.inputs[:, 0]  # [examples, inputs]
+    d, e = left.grads[..., 0], right.grads[..., 0].permute(2, 0, 1)  # [examples, classes, units], [units, examples', classes]
+    units_step = max(1, chunk_bytes // (2 * len(b) * (b.shape[1] + n) * itemsize))
+    for units in _slices(num_units, units_step):
+        weighted = weight[units, None, :] * b  # [units, examples', inputs]
+        grams = (weighted.flatten(0, 1) @ a.T).view(-1, len(b), n)  # [units, examples', examples]
+        per_row = 2 * grams.shape[0] * len(b) * num_classes * itemsize
+        for rows, stop in _row_chunks(n, len(b), max(1, chunk_bytes // per_row), is_same):
+            inner = grams[:, :stop, rows].permute(2, 0, 1)  # [rows, units, examples']
+            if trace:
+                both = torch.einsum("icu,ujc->iuj", d[rows][:, :, units], e[units, :stop])
+                _add_block(total, (both * inner).sum(dim=1), rows, stop, 1, 1.0)
+                continue
+            scaled = (inner[..., None] * e[units, :stop]).flatten(2)  # [rows, units, examples' classes']
+            block = d[rows][:, :, units] @ scaled  # [rows, classes, examples' classes']
+            _add_block(total, block.flatten(0, 1), rows, stop, num_classes, 1.0)
+
+
+def _add_block(total: Tensor, block: Tensor, rows: slice, stop: int, width: int, scale: float) -> None:
+    """Add the block of some rows' examples and the first columns' examples."""
+    total[rows.start * width : rows.stop * width, : stop * width] += block if scale == 1.0 else scale * block
+
+
+def _row_chunks(num_rows: int, num_columns: int, step: int, is_same: bool) -> Iterator[tuple[slice, int]]:
+    """Cut the rows, and say how many columns each chunk needs: those up to the diagonal where both sides are one block."""
+    if is_same:
+        step = min(step, -(-num_rows // ROW_BLOCKS))
+    for rows in _slices(num_rows, step):
+        yield rows, rows.stop if is_same else num_columns
 
 
 def _slices(length: int, step: int) -> list[slice]:
     """Cut `range(length)` into slices of `step`."""
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    return [slice(start, min(start + step, length)) for start in range(0, length, max(1, step))]

@@ -1,22 +1,42 @@
-"""Before any long job: which route each parameter takes, checked against autograd on examples of the user's own batch.
+"""Before any long job: which route each parameter takes, checked against autograd on a few of the user's own examples.
 
-A layer rule is trusted only where it reproduces autograd on two examples; what fails (a weight used without calling its
-module, a layer whose rows are not the examples) goes to the autograd fallback, and the report says why.
+A rule is trusted only where it reproduces autograd; what fails (an operation without a rule, a layer whose rows are not the examples)
+goes to autograd, and the report says why. The whole is then compared once more: a difference that is left is an error.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UnsupportedError
+from ntkscope._checks import InputError, UnsupportedError, UserError
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.fallback import RowRoute, jacobian_rows
-from ntkscope.kernel.jacobian import FactoredJacobian, Routes, compute_jacobian, rule_owners
+from ntkscope.kernel.jacobian import Plan, PlannedCall, Routes, UnlikeProbe, class_grads, compute_jacobian, watched_forward, without
+from ntkscope.kernel.layout import Layout, by_example, possible_layouts
 from ntkscope.kernel.model import forward_rows, select_parameters, working_dtype
+from ntkscope.kernel.storage import OuterShape, choose_storage, outer_shape, resolve
+from ntkscope.kernel.watch import Call, WeightWatch
+
+HIDDEN_USE = "its rule does not account for the whole gradient (a use that torch functions do not show: TorchScript, a custom Function?)"
+NO_LAYOUT = "the rows of its layer are not the examples, in any layout that is known"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Sizes of one parameter's share of the Jacobian, from which a job is priced.
+
+    Attributes:
+        num_params: Entries of the parameter.
+        factors: Sizes of its factors; empty where it is kept as rows.
+    """
+
+    num_params: int
+    factors: tuple[OuterShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,16 +44,23 @@ class Coverage:
     """The route of every parameter, and what the probe measured.
 
     Attributes:
-        routes: Parameter name to "Linear", "Conv2d", "torch.func" or "loop".
+        routes: Parameter name to the torch functions it is used by ("linear", "conv2d", ...), or "torch.func" or "loop" where autograd
+            differentiates every output.
         reasons: Parameter name to why no rule takes it, where that is so.
+        excluded: Parameter name to why it is not in the kernel: frozen, not asked for, or without a way to the output.
         num_classes: Outputs per example.
-        bytes_per_example: Bytes the Jacobian factors of one example take.
+        bytes_per_example: Bytes that the Jacobian of one example takes.
+        working_bytes_per_example: Bytes needed besides while it is computed (activations kept for the backward passes).
+        shares: Sizes, by parameter.
     """
 
     routes: dict[str, str]
     reasons: dict[str, str]
+    excluded: dict[str, str]
     num_classes: int
     bytes_per_example: int
+    working_bytes_per_example: int
+    shares: dict[str, Share]
 
 
 def probe_routes(
@@ -44,7 +71,7 @@ def probe_routes(
     forward_fn: ForwardFn | None = None,
     method: GramMethod = "auto",
 ) -> tuple[Routes, Coverage]:
-    """Choose and verify the route of every parameter on the first and last example of `inputs`.
+    """Choose and verify the route of every parameter on a few examples of `inputs`.
 
     Args:
         model: Any module.
@@ -57,11 +84,15 @@ def probe_routes(
         The routes, and the report.
 
     Raises:
-        InputError: If the outputs are no rows, or one row depends on another.
+        InputError: If the outputs are no rows, are random, or one row depends on another; or if the routes differ from autograd.
         UnsupportedError: If the output depends on no parameter.
     """
     parameters = select_parameters(model, params)
-    pair = take(inputs, torch.tensor([0, -1])) if count_examples(inputs) > 1 else inputs
+    last = count_examples(inputs) - 1
+    # Two rows even of one example: only then does the probe see which rows are whose.
+    pair = take(inputs, torch.tensor([0, last]))
+    # Planned on a pair, verified on four: another number, and out of order, for models that sort or route their examples.
+    four = take(inputs, torch.tensor([last, last // 3, 0, 2 * last // 3]))
     with undisturbed(model):
         outputs = forward_rows(model, pair, forward_fn)
         if not outputs.requires_grad:
@@ -69,29 +100,98 @@ def probe_routes(
                 "The model's output depends on none of its trained parameters (a torch.no_grad or detach inside the model?), "
                 "so its tangent kernel is zero. Check the forward pass."
             )
-        _check_rows_are_independent(model, pair, outputs, forward_fn)
-        owners, reasons = rule_owners(model, parameters) if method == "auto" else ({}, dict.fromkeys(parameters, "method=autograd"))
-        routes = Routes(parameters, owners, "loop", forward_fn, working_dtype(parameters))
-        routes, failed = _keep_what_autograd_confirms(model, pair, routes)
-        reasons |= failed
-        routes = routes.with_row_route(_row_route(model, pair, routes))
-        probe = compute_jacobian(model, pair, routes)
-    named = {
-        name: type(owners[name].rule).__name__.removesuffix("Rule") if name in routes.owners else routes.row_route for name in parameters
-    }
-    return routes, Coverage(named, reasons, probe.num_classes, -(-probe.num_bytes // probe.num_examples))
+        _check_rows_are_functions(model, pair, outputs, forward_fn)
+        truth = _Truth(forward_rows(model, four, forward_fn), parameters)
+        ruled = frozenset(parameters) if method == "auto" else frozenset()
+        reasons = {} if method == "auto" else dict.fromkeys(parameters, "method='autograd' was asked for")
+        routes = Routes(parameters, ruled, Plan(), "loop", forward_fn, working_dtype(parameters))
+        shares: dict[str, Share] = {}
+        names: dict[str, str] = {}
+        while routes.ruled:
+            failed, planned, shares, names = _try_rules(model, pair, four, routes, truth)
+            if not failed:
+                routes = planned
+                break
+            reasons |= failed
+            routes = without(routes, frozenset(failed))
+        routes = replace(routes, row_route=_row_route(model, pair, routes))
+        saved = _saved_bytes(model, four, routes)
+        jacobian = compute_jacobian(model, four, routes)
+        _check_whole(jacobian.pull_back(truth.weights), truth)
+    idle = {name: "it does not reach the output (on the probe)" for name in parameters if truth.is_idle(name)}
+    for name in routes.row_parameters:
+        names[name] = routes.row_route
+        shares[name] = Share(parameters[name].numel())
+    per_example = -(-jacobian.num_bytes // 4)
+    return routes, Coverage(
+        routes={name: names[name] for name in parameters if name in names and name not in idle},
+        reasons=reasons,
+        excluded=_excluded(model, parameters) | idle,
+        num_classes=outputs.shape[1],
+        bytes_per_example=per_example,
+        working_bytes_per_example=-(-saved // 4),
+        shares={name: share for name, share in shares.items() if name not in idle},
+    )
 
 
-def _check_rows_are_independent(model: nn.Module, pair: Any, outputs: Tensor, forward_fn: ForwardFn | None) -> None:
-    """Check that the first row does not change when its neighbour does."""
-    if outputs.shape[0] < 2:
-        return
+class _Truth:
+    """Autograd's gradient of a random combination of the probe's outputs."""
+
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        grads = torch.autograd.grad(outputs, list(parameters.values()), self.weights, allow_unused=True)
+        self.grads = dict(zip(parameters, grads, strict=True))
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs.dtype, 0.1)
+        # A gradient that is zero but for rounding (a key's bias in attention) has no scale of its own.
+        total = sum(float(grad.detach().double().square().sum()) for grad in grads if grad is not None) ** 0.5
+        self._floor = 30 * torch.finfo(outputs.dtype).eps * total + torch.finfo(outputs.dtype).tiny
+
+    def is_idle(self, name: str) -> bool:
+        """Say whether a parameter has no way to the output.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            Whether autograd found none.
+        """
+        return self.grads[name] is None
+
+    def accepts(self, name: str, actual: Tensor | None) -> bool:
+        """Compare a gradient with autograd's.
+
+        Args:
+            name: The parameter.
+            actual: The gradient; None for zero.
+
+        Returns:
+            Whether they agree to rounding.
+        """
+        expected = self.grads[name]
+        if expected is None or actual is None:
+            given = actual if expected is None else expected
+            return given is None or not bool(given.any())
+        gap = float(torch.linalg.vector_norm(actual.reshape(expected.shape).to(expected) - expected))
+        return gap <= self._tolerance * float(torch.linalg.vector_norm(expected)) + self._floor
+
+
+def _check_rows_are_functions(model: nn.Module, pair: Any, outputs: Tensor, forward_fn: ForwardFn | None) -> None:
+    """Check that an output row is a function of its own input row, and of nothing else."""
+    scale = max(float(outputs.detach().abs().max()), torch.finfo(outputs.dtype).tiny)
+    tolerance = (1e-8 if outputs.dtype == torch.float64 else 1e-3) * scale
     with torch.no_grad():
-        repeated = forward_rows(model, take(pair, torch.tensor([0, 0])), forward_fn)
-    scale = float(outputs.detach().abs().max())
+        again = forward_rows(model, pair, forward_fn).detach()
+        repeated = forward_rows(model, take(pair, torch.tensor([0, 0])), forward_fn).detach()
+    gap = float((again - outputs.detach()).abs().max())
+    if gap > tolerance:
+        raise InputError(
+            f"The model gives another output every time it is called, also in evaluation mode (by {gap:.1e}): its kernel is a random "
+            "number. Switch its randomness off (dropout called as a function needs training=self.training), or fix its seed."
+        )
     gap = float((repeated[0] - outputs[0].detach()).abs().max())
-    tolerance = 1e-8 if outputs.dtype == torch.float64 else 1e-3
-    if gap > tolerance * max(scale, torch.finfo(outputs.dtype).tiny):
+    if gap > tolerance:
         norms = [
             name
             for name, module in model.named_modules()
@@ -104,39 +204,91 @@ def _check_rows_are_independent(model: nn.Module, pair: Any, outputs: Tensor, fo
         )
 
 
-def _keep_what_autograd_confirms(model: nn.Module, pair: Any, routes: Routes) -> tuple[Routes, dict[str, str]]:
-    """Compare the rules' gradient of a random combination of outputs with autograd's; drop the rules that differ."""
-    if not routes.owners:
-        return routes, {}
-    jacobian, misshapen = _rule_factors(model, pair, routes)
-    outputs = forward_rows(model, pair, routes.forward_fn)
-    generator = torch.Generator().manual_seed(0)
+def _try_rules(
+    model: nn.Module, pair: Any, four: Any, routes: Routes, truth: _Truth
+) -> tuple[dict[str, str], Routes, dict[str, Share], dict[str, str]]:
+    """Watch the pair, plan, and compare with autograd on four examples.
+
+    Returns:
+        Parameters that failed with their reasons; if none did, the planned routes, sizes and names of the routes.
+    """
+    try:
+        outputs, watch = watched_forward(model, pair, routes, None)
+        if watch.refused:
+            return watch.refused, routes, {}, {}
+        layouts = _find_layouts(outputs, watch)
+        failed = {
+            name: NO_LAYOUT
+            for call, layout in zip(watch.calls, layouts, strict=True)
+            if layout is False
+            for use in call.uses
+            for name in watch.roots(use.weight)
+        }
+        if failed:
+            return failed, routes, {}, {}
+        calls = tuple(PlannedCall(c.name, l or None, len(c.uses)) for c, l in zip(watch.calls, layouts, strict=True))
+        shares, names = _measure_shares(calls, watch, routes, outputs.shape[1])
+        hidden = {name: HIDDEN_USE for name in routes.ruled if name not in shares and not truth.accepts(name, None)}
+        if hidden:
+            return hidden, routes, {}, {}
+        storage = {name: "factors" if share.factors else "rows" for name, share in shares.items()}
+        planned = replace(routes, plan=Plan(calls, tuple(watch.decisions), storage))  # pyright: ignore[reportArgumentType]
+        ruled_only = replace(planned, parameters=planned.ruled_parameters)
+        pulled = compute_jacobian(model, four, ruled_only).pull_back(truth.weights)
+    except UserError:
+        raise
+    except UnlikeProbe as error:
+        return dict.fromkeys(routes.ruled, str(error)), routes, {}, {}
+    except Exception as error:
+        # Whatever the model does that the watch does not understand, autograd can still differentiate it.
+        return dict.fromkeys(routes.ruled, f"watching the forward pass failed: {type(error).__name__}: {error}"), routes, {}, {}
+    differing = {name: HIDDEN_USE for name in routes.ruled if not truth.accepts(name, pulled.get(name))}
+    return differing, planned, shares, names
+
+
+def _find_layouts(outputs: Tensor, watch: WeightWatch) -> list[Layout | None | bool]:
+    """Find every call's layout: None where its output reaches nothing, False where no layout keeps the two examples apart."""
+    generator = torch.Generator().manual_seed(1)
     weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    covered = {name: routes.parameters[name] for name in routes.owners}
-    truth = torch.autograd.grad(outputs, list(covered.values()), weights, allow_unused=True)
-    failed = dict(misshapen)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs.dtype, 0.1)
-    for (name, parameter), grad in zip(covered.items(), truth, strict=True):
-        if name in failed:
-            continue
-        expected = torch.zeros_like(parameter) if grad is None else grad
-        actual = jacobian.weighted_gradient(name, weights)
-        if actual is None:
-            failed[name] = "its layer was not called on the probe"
-            continue
-        gap = float(torch.linalg.vector_norm(actual.reshape(parameter.shape).to(expected) - expected))
-        if not gap <= tolerance * float(torch.linalg.vector_norm(expected)) + torch.finfo(outputs.dtype).tiny:
-            failed[name] = "its layer does not account for the whole gradient (a weight used outside its own module?)"
-    kept = {name: owner for name, owner in routes.owners.items() if name not in failed}
-    return routes.with_owners(kept), failed
+    per_example = [class_grads((outputs * weights)[i].sum()[None, None], 0, watch.calls, retain=i == 0) for i in (0, 1)]
+    return [_layout_of(call, first, second) for call, first, second in zip(watch.calls, *per_example, strict=True)]
 
 
-def _rule_factors(model: nn.Module, pair: Any, routes: Routes) -> tuple[FactoredJacobian, dict[str, str]]:
-    """Compute factors of the rules alone, dropping layers whose rows are not the examples."""
-    misshapen: dict[str, str] = {}
-    only_rules = routes.without_rows()
-    jacobian = compute_jacobian(model, pair, only_rules, misshapen=misshapen)
-    return jacobian, misshapen
+def _layout_of(call: Call, first: Tensor | None, second: Tensor | None) -> Layout | None | bool:
+    if first is None and second is None:
+        return None
+    for layout in possible_layouts(call.shape, 2):
+        if not all(use.fits(layout, call.shape, 2) for use in call.uses):
+            continue
+        leaks = (first is not None and bool(by_example(first, layout, 2)[1].any())) or (
+            second is not None and bool(by_example(second, layout, 2)[0].any())
+        )
+        if not leaks:
+            return layout
+    return False
+
+
+def _measure_shares(
+    calls: tuple[PlannedCall, ...], watch: WeightWatch, routes: Routes, num_classes: int
+) -> tuple[dict[str, Share], dict[str, str]]:
+    """Measure the uses of every parameter, choose its storage, and name its route."""
+    shapes: dict[str, list[OuterShape | None]] = {}
+    names: dict[str, list[str]] = {}
+    for call, planned in zip(watch.calls, calls, strict=True):
+        for use in call.uses:
+            target = resolve(use.weight, watch, routes.ruled_parameters)
+            for name in watch.roots(use.weight):
+                label = call.name if target.name is not None else f"{call.name} (computed weight)"
+                if label not in names.setdefault(name, []):
+                    names[name].append(label)
+                if planned.layout is not None:
+                    shapes.setdefault(name, []).append(outer_shape(use, target, planned.layout, 2))
+    shares = {}
+    for name, found in shapes.items():
+        numel = routes.parameters[name].numel()
+        kept = choose_storage(found, numel, num_classes) == "factors"
+        shares[name] = Share(numel, tuple(shape for shape in found if shape is not None) if kept else ())
+    return shares, {name: " + ".join(labels) for name, labels in names.items()}
 
 
 def _row_route(model: nn.Module, pair: Any, routes: Routes) -> RowRoute:
@@ -144,11 +296,50 @@ def _row_route(model: nn.Module, pair: Any, routes: Routes) -> RowRoute:
     rest = routes.row_parameters
     if not rest:
         return "torch.func"
-    loop = jacobian_rows(model, pair, rest, forward_fn=routes.forward_fn, route="loop")
+    options = {"forward_fn": routes.forward_fn, "dtype": routes.dtype}
+    loop = jacobian_rows(model, pair, rest, route="loop", **options)
     try:
-        func = jacobian_rows(model, pair, rest, forward_fn=routes.forward_fn, route="torch.func")
+        func = jacobian_rows(model, pair, rest, route="torch.func", **options)
     except Exception:
         return "loop"
-    gap = float(torch.linalg.vector_norm(func - loop))
-    tolerance = 1e-8 if loop.dtype == torch.float64 else 1e-3
-    return "torch.func" if gap <= tolerance * float(torch.linalg.vector_norm(loop)) else "loop"
+    tolerance = 1e-8 if routes.dtype == torch.float64 else 1e-3
+    agree = all(
+        float(torch.linalg.vector_norm(func[name] - rows)) <= tolerance * float(torch.linalg.vector_norm(rows))
+        for name, rows in loop.items()
+    )
+    return "torch.func" if agree else "loop"
+
+
+def _check_whole(pulled: Mapping[str, Tensor], truth: _Truth) -> None:
+    """Compare the Jacobian that the job will use with autograd."""
+    differing = [name for name in truth.grads if not truth.accepts(name, pulled.get(name))]
+    if differing:
+        raise InputError(
+            f"The Jacobian in {', '.join(f'`{name}`' for name in differing)} differs from autograd's on a few of the examples, by every "
+            "route there is: the model's gradient depends on which examples are in the batch. Its kernel is not defined."
+        )
+
+
+def _saved_bytes(model: nn.Module, pair: Any, routes: Routes) -> int:
+    """Count the bytes that a forward pass keeps for its backward passes."""
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward_rows(model, pair, routes.forward_fn)
+    return sum(kept.values())
+
+
+def _excluded(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """List the parameters of the model that were not asked for."""
+    return {
+        name: "not in `params`" if parameter.requires_grad else "frozen (requires_grad is False)"
+        for name, parameter in model.named_parameters()
+        if name not in parameters
+    }

@@ -37,8 +37,9 @@ def jacobian_rows(
     *,
     forward_fn: ForwardFn | None,
     route: RowRoute,
-) -> Float[Tensor, "examples classes params"]:
-    """Compute the Jacobian of every output in `parameters`, flattened and side by side.
+    dtype: torch.dtype,
+) -> dict[str, Float[Tensor, "examples classes columns"]]:
+    """Compute the Jacobian of every output in `parameters`.
 
     Args:
         model: Any module whose output rows depend on their own input row only.
@@ -46,15 +47,16 @@ def jacobian_rows(
         parameters: The parameters, by name.
         forward_fn: The model's call.
         route: How.
+        dtype: Of the result.
 
     Returns:
-        Rows of the Jacobian; the columns follow the order of `parameters`.
+        Flattened gradients of every output, by parameter.
     """
     rows = _rows_by_vmap if route == "torch.func" else _rows_by_loop
-    return rows(model, batch, parameters, forward_fn)
+    return {name: block.to(dtype) for name, block in rows(model, batch, parameters, forward_fn).items()}
 
 
-def _rows_by_vmap(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> Tensor:
+def _rows_by_vmap(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> dict[str, Tensor]:
     module = _Forward(model, forward_fn)
     selected = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
 
@@ -66,19 +68,22 @@ def _rows_by_vmap(model: nn.Module, batch: Any, parameters: dict[str, nn.Paramet
         # torch warns where an operation is slow under vmap; the result is exact, and the user can do nothing about it.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         jacobian = torch.func.vmap(torch.func.jacrev(outputs_of), in_dims=(None, 0))(selected, batch)
-    return torch.cat([jacobian[name].detach().flatten(2) for name in selected], dim=2)
+    return {name: jacobian[f"model.{name}"].detach().flatten(2) for name in parameters}
 
 
-def _rows_by_loop(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> Tensor:
+def _rows_by_loop(model: nn.Module, batch: Any, parameters: dict[str, nn.Parameter], forward_fn: ForwardFn | None) -> dict[str, Tensor]:
     wanted = list(parameters.values())
-    rows = []
-    for i in range(count_examples(batch)):
+    num_examples = count_examples(batch)
+    rows: dict[str, Tensor] = {}
+    for i in range(num_examples):
         outputs = forward_rows(model, take(batch, slice(i, i + 1)), forward_fn).squeeze(0)
-        for output in outputs:
+        if not rows:
+            rows = {name: p.new_zeros(num_examples, len(outputs), p.numel()) for name, p in parameters.items()}
+        for c, output in enumerate(outputs):
             if not output.requires_grad:  # this example reaches no parameter at all
-                grads = [None] * len(wanted)
-            else:
-                grads = torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
-            flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)]
-            rows.append(torch.cat([part.detach().flatten() for part in flat]))
-    return torch.stack(rows).reshape(count_examples(batch), -1, rows[0].numel())
+                continue
+            grads = torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
+            for store, grad in zip(rows.values(), grads, strict=True):
+                if grad is not None:
+                    store[i, c] = grad.detach().flatten()
+    return rows

@@ -1,23 +1,27 @@
 """The front door of the kernel engine."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, check_choice, check_finite
+from ntkscope._checks import InputError, check_choice, check_device, check_finite
 from ntkscope._display import Displayed
-from ntkscope._types import ForwardFn, GramMethod, KernelOutputs
-from ntkscope.kernel.batch import count_examples, take
-from ntkscope.kernel.capture import undisturbed
-from ntkscope.kernel.contract import Precond, contract
+from ntkscope._types import BatchNormMode, ForwardFn, GramMethod, KernelOutputs, LossFn
+from ntkscope.kernel.batch import count_examples, take, to_device
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, mirror
+from ntkscope.kernel.capture import batch_norm_statistics, full_precision, undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.jacobian import FactoredJacobian, Routes, compute_jacobian
+from ntkscope.kernel.model import forward_rows, working_dtype
+from ntkscope.kernel.precond import Precond, check_precond
+from ntkscope.kernel.ranks import Ranks
+from ntkscope.kernel.readout import check_kind, make_readout
 
-DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
+ACCUMULATE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Gram(Displayed):
     """An empirical NTK Gram matrix.
 
     Attributes:
-        matrix: "full": `(n C, n' C)`, output (i, c) at i * C + c. "trace": `(n, n')`, the sum over c of the full kernel's
-            (i, c), (j, c) entries.
+        matrix: "full": `(n C, n' C)`, output (i, c) at i * C + c. All other kinds: `(n, n')`. "trace": the sum over c of the full
+            kernel's (i, c), (j, c) entries. "sum": of the gradients of Σ_c u_c (not the trace). "class=k": of output k. "loss": of the
+            per-example loss gradients.
         num_examples: n, rows' examples.
         num_classes: C, outputs per example.
         outputs: The kind.
         coverage: Route of every parameter.
+        by_layer: Kernels by module name that add up to `matrix`; None unless asked for.
     """
 
     matrix: Float[Tensor, "rows columns"]
@@ -38,6 +44,7 @@ class Gram(Displayed):
     num_classes: int
     outputs: KernelOutputs
     coverage: Coverage
+    by_layer: dict[str, Float[Tensor, "rows columns"]] | None = field(default=None)
 
 
 def ntk_gram(
@@ -50,7 +57,15 @@ def ntk_gram(
     params: Iterable[str] | None = None,
     forward_fn: ForwardFn | None = None,
     method: GramMethod = "auto",
+    bn: BatchNormMode = "eval",
+    targets: Any = None,
+    other_targets: Any = None,
+    loss: str | LossFn | nn.Module | None = None,
+    by_layer: bool = False,
     max_memory: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    distributed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gram:
     """Compute the empirical NTK J M Jᵀ exactly.
@@ -61,14 +76,24 @@ def ntk_gram(
         model: Any module whose output rows depend on their own input row only.
         inputs: Batch of n examples: a tensor, or tuples, lists and dicts of tensors, examples on the first axis.
         other: Second batch of n' examples, for the cross kernel `J(inputs) M J(other)ᵀ`; `inputs` itself if not given.
-        outputs: "full" or "trace" (see `Gram.matrix`).
+        outputs: "full", "trace", "sum", "class=k" or "loss" (see `Gram.matrix`).
         precond: Diagonal of M: parameter name to a nonnegative tensor shaped as the parameter, or to one number. Identity if
             not given.
         params: Names of the parameters to take; all with `requires_grad` if not given.
         forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`.
         method: "auto" takes layer rules where they are exact; "autograd" differentiates every row (slow).
+        bn: "eval" normalizes with BatchNorm's running statistics; "batch" with those of `inputs`, held fixed.
+        targets: For "loss": targets of `inputs`, examples on the first axis.
+        other_targets: For "loss": targets of `other`.
+        loss: For "loss": "squared", "mse", "cross_entropy", or a callable `(outputs, targets) -> scalar`, called with one example.
+        by_layer: Also return one kernel per module that owns parameters; they add up to the whole.
         max_memory: Bytes for Jacobian factors and result together; 2 GiB if not given. With less, examples are taken in blocks and
             some work is done twice.
+        device: Where to compute; a copy of the model is moved there if it is elsewhere.
+        dtype: In which sums over chunks are taken: float32 or float64. Not given: products in the model's precision (float32 for
+            half-precision models), their sums in float64. Given float64, factors and result are float64, too.
+        distributed: Share the work among the ranks of an initialized `torch.distributed`, each of which must make the same call;
+            all get the same matrix.
         progress: Called with (blocks done, blocks in all).
 
     Returns:
@@ -76,7 +101,7 @@ def ntk_gram(
 
     Raises:
         InputError: If the batch is empty, rows depend on one another, a weight or the kernel is not finite, `precond` does not
-            fit, or the result does not fit in `max_memory`.
+            fit, the result does not fit in `max_memory`, or ranks disagree or are lost.
         InputTypeError: If the model's output is no floating-point tensor.
         UnsupportedError: If no trained parameter reaches the output.
 
@@ -89,118 +114,85 @@ def ntk_gram(
     Source:
         theory.md section 1; Jacot et al. 2018. Memory is O(N² + factors); the N x p Jacobian is never formed for layers with a rule.
     """
-    check_choice("outputs", outputs, get_args(KernelOutputs))
+    check_kind(outputs)
     check_choice("method", method, get_args(GramMethod))
-    num_examples = count_examples(inputs)
-    routes, coverage = probe_routes(model, inputs, params=None if params is None else list(params), forward_fn=forward_fn, method=method)
-    precond = None if precond is None else check_precond(precond, routes)
-    budget = DEFAULT_MEMORY if max_memory is None else max_memory
-    with undisturbed(model):
-        matrix = blockwise_gram(
-            model,
-            inputs,
-            other,
-            routes=routes,
-            coverage=coverage,
-            outputs=outputs,
-            precond=precond,
-            budget=budget,
-            progress=progress,
+    check_choice("bn", bn, get_args(BatchNormMode))
+    if dtype is not None and dtype not in ACCUMULATE:
+        raise InputError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}: sums of a kernel need the precision.")
+    check_device(device)
+    if device is not None:
+        model = _on_device(model, torch.device(device))
+    home = next((parameter.device for parameter in model.parameters()), None)
+    batch, columns = (
+        _complete(part, own_targets, outputs, name)
+        for part, own_targets, name in ((inputs, targets, "targets"), (other, other_targets, "other_targets"))
+    )
+    num_examples = count_examples(batch)
+    if home is not None:
+        batch, columns = to_device(batch, home), None if columns is None else to_device(columns, home)
+    readout = make_readout(outputs, forward_fn=forward_fn, loss=loss)
+    ranks = Ranks.here(enabled=distributed)
+    with full_precision(), batch_norm_statistics(model, bn, lambda: readout(model, batch)):
+        routes, coverage = probe_routes(
+            model, batch, params=None if params is None else list(params), forward_fn=readout, method=method
         )
-    check_finite("The kernel", matrix, "The weights are finite, so activations overflow: check the inputs, or use float64.")
-    return Gram(matrix, num_examples, coverage.num_classes, outputs, coverage)
-
-
-def check_precond(precond: Mapping[str, Tensor | float], routes: Routes) -> Precond:
-    """Check that M fits the parameters.
-
-    Args:
-        precond: As for `ntk_gram`.
-        routes: The routes, which name the parameters.
-
-    Returns:
-        M for exactly these parameters.
-
-    Raises:
-        InputError: If a parameter is missing, a shape differs, or an entry is negative or not finite.
-    """
-    missing = sorted(set(routes.parameters) - set(precond))
-    if missing:
-        raise InputError(f"`precond` must name every parameter of the kernel, missing: {', '.join(missing)}.")
-    for name, parameter in routes.parameters.items():
-        value = torch.as_tensor(precond[name])
-        if value.shape not in (parameter.shape, torch.Size([])):
-            raise InputError(
-                f"`precond[{name!r}]` must be one number or have the parameter's shape {tuple(parameter.shape)}, got {tuple(value.shape)}."
+        if dtype == torch.float64:
+            routes = routes.with_dtype(dtype)
+        checked = None if precond is None else check_precond(precond, routes.parameters)
+        ranks.check_same_call(routes.parameters, batch, columns)
+        groups = _layers(routes.parameters) if by_layer else {"": None}
+        with undisturbed(model), ranks.failing_together():
+            totals = blockwise_grams(
+                model,
+                batch,
+                columns,
+                routes=routes,
+                coverage=coverage,
+                outputs=outputs,
+                precond=checked,
+                budget=DEFAULT_MEMORY if max_memory is None else max_memory,
+                progress=progress,
+                accumulate=torch.float64 if dtype is None else dtype,
+                groups=groups,
+                part=ranks.part,
             )
-        check_finite(f"`precond[{name!r}]`", value, "Check the optimizer's state.")
-        if bool((value < 0).any()):
-            raise InputError(f"`precond[{name!r}]` must be nonnegative, got {float(value.min()):.3g}: J M Jᵀ would not be a kernel.")
-    return {name: precond[name] for name in routes.parameters}
+        for total in totals.values():
+            ranks.add_up(total)
+            if ranks.size > 1 and columns is None:
+                mirror(total)
+        with undisturbed(model), torch.no_grad():
+            num_classes = forward_rows(model, take(inputs if home is None else to_device(inputs, home), slice(0, 1)), forward_fn).shape[1]
+    layers = {name: total.to(routes.dtype) for name, total in totals.items()}
+    matrix = torch.stack(list(totals.values())).sum(dim=0).to(routes.dtype) if by_layer else layers[""]
+    check_finite("The kernel", matrix, "The weights are finite, so activations overflow: check the inputs, or use float64.")
+    return Gram(matrix, num_examples, num_classes, outputs, coverage, layers if by_layer else None)
 
 
-def blockwise_gram(
-    model: nn.Module,
-    inputs: Any,
-    other: Any,
-    *,
-    routes: Routes,
-    coverage: Coverage,
-    outputs: KernelOutputs,
-    precond: Precond | None,
-    budget: int,
-    progress: Callable[[int, int], None] | None,
-) -> Float[Tensor, "rows columns"]:
-    """Fill the kernel block by block; one block when the factors of all examples fit.
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a model to a device, unless it is there."""
+    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    return copy.deepcopy(model).to(device)
 
-    Args:
-        model: The model, inside `undisturbed`.
-        inputs: Rows.
-        other: Columns, or None for the symmetric kernel.
-        routes: From `probe_routes`.
-        coverage: From `probe_routes`.
-        outputs: The kind.
-        precond: Checked M.
-        budget: Bytes.
-        progress: As for `ntk_gram`.
 
-    Returns:
-        The kernel.
+def _complete(batch: Any, targets: Any, outputs: KernelOutputs, name: str) -> Any:
+    """Join inputs and targets where the kind needs both; check that targets come with "loss" and only with it."""
+    if outputs != "loss":
+        if targets is not None:
+            raise InputError(f"`{name}` goes with outputs='loss' only, got outputs={outputs!r}.")
+        return batch
+    if batch is None:
+        return None
+    if targets is None:
+        raise InputError(f"outputs='loss' needs `{name}`, one per example: the kernel is that of per-example loss gradients.")
+    if count_examples(batch) != count_examples(targets):
+        raise InputError(f"`{name}` must have one entry per example, got {count_examples(targets)} for {count_examples(batch)} examples.")
+    return batch, targets
 
-    Raises:
-        InputError: If the result alone exceeds the budget.
-    """
-    num_rows, num_columns = count_examples(inputs), count_examples(inputs if other is None else other)
-    width = 1 if outputs == "trace" else coverage.num_classes
-    itemsize = torch.finfo(routes.dtype).bits // 8
-    result_bytes = num_rows * num_columns * width**2 * itemsize
-    if result_bytes > budget // 2:
-        raise InputError(
-            f"The {outputs} kernel of {num_rows} x {num_columns} examples and {coverage.num_classes} outputs takes "
-            f"{result_bytes / 2**30:.2f} GiB, more than half of max_memory ({budget / 2**30:.2f} GiB). "
-            "Take fewer examples, outputs='trace', or raise max_memory."
-        )
-    remaining = budget - result_bytes
-    # A third each for the rows' factors, the columns' factors, and a chunk of weight gradients.
-    step = max(1, remaining // 3 // max(1, coverage.bytes_per_example))
 
-    def jacobian(batch: Any, start: int) -> FactoredJacobian:
-        return compute_jacobian(model, take(batch, slice(start, start + step)), routes)
-
-    matrix: Tensor | None = None
-    starts = [(i, j) for i in range(0, num_rows, step) for j in range(0, num_columns, step) if other is not None or j <= i]
-    left, left_start = None, -1
-    for done, (i, j) in enumerate(starts):
-        if left is None or left_start != i:
-            left, left_start = jacobian(inputs, i), i
-        right = left if other is None and i == j else jacobian(inputs if other is None else other, j)
-        block = contract(left, right, precond=precond, outputs=outputs, chunk_bytes=remaining // 3)
-        if matrix is None:
-            matrix = block.new_zeros(num_rows * width, num_columns * width)
-        matrix[i * width : i * width + block.shape[0], j * width : j * width + block.shape[1]] = block
-        if other is None and i != j:
-            matrix[j * width : j * width + block.shape[1], i * width : i * width + block.shape[0]] = block.T
-        if progress is not None:
-            progress(done + 1, len(starts))
-    assert matrix is not None  # a batch has at least one example
-    return matrix
+def _layers(parameters: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Group parameters by the module that owns them ("" for the model itself)."""
+    groups: dict[str, set[str]] = {}
+    for name in parameters:
+        groups.setdefault(name.rpartition(".")[0], set()).add(name)
+    return {layer: frozenset(names) for layer, names in groups.items()}

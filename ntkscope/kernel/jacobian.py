@@ -1,31 +1,38 @@
-"""The Jacobian of one batch in factors: position factors where a layer rule holds, plain rows elsewhere.
+"""From a watched forward pass and one backward pass per class to the factored Jacobian of a block of examples."""
 
-The N x p Jacobian itself is never formed for a rule's parameters: contractions run in chunks of columns (`contract`).
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkscope._checks import UnsupportedError
 from ntkscope._types import ForwardFn
-from ntkscope.kernel.capture import capture_layers
+from ntkscope.kernel.batch import count_examples
+from ntkscope.kernel.factor import FactoredJacobian, OuterFactor
 from ntkscope.kernel.fallback import RowRoute, jacobian_rows
+from ntkscope.kernel.layout import Layout
 from ntkscope.kernel.model import forward_rows
-from ntkscope.kernel.rules.factor import PositionFactor, Rule, merge_factors
-from ntkscope.kernel.rules.table import RULES
+from ntkscope.kernel.rules.use import OuterUse, Use
+from ntkscope.kernel.storage import Storage, Target, num_rows, resolve
+from ntkscope.kernel.watch import Call, WeightWatch
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """What the probe learned of one call."""
+
+    name: str
+    layout: Layout | None  # None: the call's output reaches no output of the model
+    num_weights: int
 
 
 @dataclass(frozen=True)
-class Owner:
-    """The layers that may account for a parameter (several when it is tied), and their rule."""
+class Plan:
+    """What the probe learned of the forward pass; later blocks must look the same."""
 
-    rule: Rule
-    places: tuple[tuple[str, str], ...]  # (module name, parameter name inside it)
+    calls: tuple[PlannedCall, ...] = ()
+    decisions: tuple[bool, ...] = ()
+    storage: dict[str, Storage] = field(default_factory=dict)  # of parameters with uses
 
 
 @dataclass(frozen=True)
@@ -33,207 +40,248 @@ class Routes:
     """How each parameter's share of the Jacobian is computed."""
 
     parameters: dict[str, nn.Parameter]
-    owners: dict[str, Owner]  # parameters under a rule
+    ruled: frozenset[str]  # parameters under rules; with a use, or reaching no output on the probe
+    plan: Plan
     row_route: RowRoute  # for all others
     forward_fn: ForwardFn | None
     dtype: torch.dtype  # of the factors
-    skip_rows: bool = False
+
+    def with_dtype(self, dtype: torch.dtype) -> "Routes":
+        """Contract in another precision.
+
+        Args:
+            dtype: Of the factors.
+
+        Returns:
+            New routes.
+        """
+        return replace(self, dtype=dtype)
+
+    @property
+    def ruled_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters under rules."""
+        return {name: parameter for name, parameter in self.parameters.items() if name in self.ruled}
 
     @property
     def row_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters without a rule."""
-        if self.skip_rows:
-            return {}
-        return {name: parameter for name, parameter in self.parameters.items() if name not in self.owners}
-
-    def with_owners(self, owners: dict[str, Owner]) -> "Routes":
-        """Replace the rules.
-
-        Args:
-            owners: What remains under a rule.
-
-        Returns:
-            New routes.
-        """
-        return replace(self, owners=owners)
-
-    def with_row_route(self, row_route: RowRoute) -> "Routes":
-        """Replace the fallback.
-
-        Args:
-            row_route: The route of parameters without a rule.
-
-        Returns:
-            New routes.
-        """
-        return replace(self, row_route=row_route)
-
-    def without_rows(self) -> "Routes":
-        """Leave out parameters without a rule.
-
-        Returns:
-            New routes.
-        """
-        return replace(self, skip_rows=True)
-
-
-@dataclass(frozen=True)
-class FactoredJacobian:
-    """J of one batch, by parameter name."""
-
-    outputs: Float[Tensor, "examples classes"]  # detached
-    factors: dict[str, list[PositionFactor]]
-    rows: Float[Tensor, "examples classes row_params"]
-    row_shapes: dict[str, torch.Size]  # columns of `rows`, in order
+        """Parameters left to autograd."""
+        return {name: parameter for name, parameter in self.parameters.items() if name not in self.ruled}
 
     @property
-    def num_examples(self) -> int:
-        """N."""
-        return self.outputs.shape[0]
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.outputs.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held by the factors."""
-        held = sum(factor.num_bytes for parts in self.factors.values() for factor in parts)
-        return held + self.rows.numel() * self.rows.element_size()
-
-    def row_blocks(self) -> dict[str, Float[Tensor, "examples classes row_params"]]:
-        """Cut the plain rows by parameter.
-
-        Returns:
-            Views, by name.
-        """
-        sizes = [shape.numel() for shape in self.row_shapes.values()]
-        return dict(zip(self.row_shapes, self.rows.split(sizes, dim=2), strict=True))
-
-    def weighted_gradient(self, name: str, weights: Float[Tensor, "examples classes"]) -> Float[Tensor, " parameter"] | None:
-        """Compute Jᵀ weights for one parameter under a rule (the vector-Jacobian product).
-
-        Args:
-            name: The parameter.
-            weights: One weight per output.
-
-        Returns:
-            The flattened gradient; None if no layer saw the parameter.
-        """
-        parts = sorted(self.factors.get(name, []), key=lambda factor: factor.units.start)
-        slices = [torch.einsum("ic,icto,itk->ok", weights.to(f.activations), f.output_grads, f.activations).flatten() for f in parts]
-        return torch.cat(slices) if slices else None
-
-    def push_forward(self, tangents: Mapping[str, Tensor]) -> Float[Tensor, "examples classes"]:
-        """Compute J t, the motion of the outputs when the parameters move along `tangents` (the Jacobian-vector product).
-
-        Args:
-            tangents: Directions by parameter name, shaped as the parameters.
-
-        Returns:
-            Motion of every output.
-        """
-        motion = torch.zeros_like(self.outputs, dtype=self.rows.dtype)
-        for name, parts in self.factors.items():
-            direction = tangents[name].to(motion).flatten(1) if tangents[name].ndim > 1 else tangents[name].to(motion)[:, None]
-            for factor in parts:
-                pushed = factor.activations @ direction[factor.units].T  # [examples, positions, units]
-                motion += torch.einsum("icto,ito->ic", factor.output_grads, pushed)
-        for name, block in self.row_blocks().items():
-            motion += block @ tangents[name].to(motion).flatten()
-        return motion
+    def idle_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that reached no output on the probe."""
+        return {name: parameter for name, parameter in self.ruled_parameters.items() if name not in self.plan.storage}
 
 
-def rule_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Owner], dict[str, str]]:
-    """Find the rule of every parameter, by looking at the modules that hold it.
+class UnlikeProbe(Exception):
+    """A block takes another way through the model than the probe did, so what the probe learned does not hold."""
+
+
+def watched_forward(model: nn.Module, batch: Any, routes: Routes, decisions: tuple[bool, ...] | None) -> tuple[Tensor, WeightWatch]:
+    """Run the model under observation.
 
     Args:
-        model: Any module.
-        parameters: Parameters of the kernel, by name.
+        model: Any module, inside `undisturbed`.
+        batch: As for `batch_tensors`.
+        routes: Which parameters to watch.
+        decisions: From the probe; None on the probe itself.
 
     Returns:
-        Owners, and for parameters without one the reason.
+        Outputs, and what was seen.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    places: dict[str, list[tuple[str, str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
-        for local_name, parameter in module._parameters.items():
-            if id(parameter) in names:
-                places.setdefault(names[id(parameter)], []).append((module_name, local_name, module))
-    owners, reasons = {}, {}
-    for name, held in places.items():
-        rules = {id(rule): rule for *_, module in held for rule in RULES if rule.matches(module)}
-        types = sorted({type(module).__name__ for *_, module in held})
-        if len(rules) == 1 and all(any(rule.matches(module) for rule in RULES) for *_, module in held):
-            owners[name] = Owner(next(iter(rules.values())), tuple((m, local) for m, local, _ in held))
-        else:
-            reasons[name] = f"no layer rule for {', '.join(types)}"
-    return owners, reasons
+    watch = WeightWatch(routes.ruled_parameters, batch, count_examples(batch), decisions)
+    with watch:
+        outputs = forward_rows(model, batch, routes.forward_fn)
+    return outputs, watch
 
 
-def compute_jacobian(model: nn.Module, batch: Any, routes: Routes, *, misshapen: dict[str, str] | None = None) -> FactoredJacobian:
-    """Run the model forward once and backward once per class, and factor what the layers saw.
-
-    Call it inside `undisturbed(model)`.
+def compute_jacobian(model: nn.Module, batch: Any, routes: Routes) -> FactoredJacobian:
+    """Run the model forward once and backward once per class, and factor what was seen.
 
     Args:
-        model: Any module.
+        model: Any module, inside `undisturbed`.
         batch: As for `batch_tensors`.
         routes: From `probe_routes`.
-        misshapen: If given, parameters whose layer's rows are not the examples are left out and noted here with the reason.
 
     Returns:
         The factored Jacobian.
 
     Raises:
-        UnsupportedError: If a layer's rows are not the examples and `misshapen` was not given.
+        UnlikeProbe: If the batch takes another way through the model than the probe did.
     """
-    modules = dict(model.named_modules())
-    watched = {place: modules[place] for owner in routes.owners.values() for place, _ in owner.places}
-    with capture_layers(watched) as calls:
-        outputs = forward_rows(model, batch, routes.forward_fn)
-    num_examples = outputs.shape[0]
-    factors: dict[str, list[PositionFactor]] = {}
-    grads = _output_grads(outputs, [call.output for call in calls])
-    for index, call in enumerate(calls):
-        owned = [
-            (name, local, owner.rule) for name, owner in routes.owners.items() for place, local in owner.places if place == call.module_name
-        ]
-        if call.input.shape[0] != num_examples or call.input.ndim < 2 or call.output.ndim != call.input.ndim:
-            reason = f"layer `{call.module_name}` sees {call.input.shape[0]} rows for {num_examples} examples"
-            if misshapen is None:
-                raise UnsupportedError(f"{reason}, unlike in the probe. Use method='autograd'.")
-            misshapen |= {name: reason for name, *_ in owned}
-            continue
-        rule = owned[0][2]
-        cast = replace(call, input=call.input.to(routes.dtype))
-        parts = rule.factors(cast, torch.stack([by_class[index] for by_class in grads]).to(routes.dtype))
-        for name, local, _ in owned:
-            factors.setdefault(name, []).extend(parts[local])
+    plan = routes.plan
+    outputs, watch = watched_forward(model, batch, routes, plan.decisions)
+    seen = [(call.name, len(call.uses)) for call in watch.calls]
+    if seen != [(planned.name, planned.num_weights) for planned in plan.calls] or watch.refused:
+        raise UnlikeProbe("the model calls other layers on some examples than on others")
+    collected = _Collector(routes, watch, outputs)
+    for index in range(outputs.shape[1]):
+        is_last = index == outputs.shape[1] - 1 and not routes.idle_parameters
+        collected.add_class(index, class_grads(outputs, index, watch.calls, retain=not is_last))
+    _check_idle(outputs, routes.idle_parameters)
+    factors, rows = collected.factors(), collected.rows()
     rest = routes.row_parameters
     if rest:
-        rows = jacobian_rows(model, batch, rest, forward_fn=routes.forward_fn, route=routes.row_route).to(routes.dtype)
-    else:
-        rows = outputs.new_zeros((*outputs.shape, 0), dtype=routes.dtype).detach()
-    merged = {name: merge_factors(parts) for name, parts in factors.items()}
-    return FactoredJacobian(outputs.detach(), merged, rows, {name: parameter.shape for name, parameter in rest.items()})
+        rows |= jacobian_rows(model, batch, rest, forward_fn=routes.forward_fn, route=routes.row_route, dtype=routes.dtype)
+    return FactoredJacobian(
+        outputs.detach(), factors, rows, {name: parameter.shape for name, parameter in routes.parameters.items()}, routes.dtype
+    )
 
 
-def _output_grads(outputs: Float[Tensor, "examples classes"], layer_outputs: list[Tensor]) -> list[list[Tensor]]:
-    """Differentiate each class, summed over examples, in every layer output: rows are independent, so sums keep them apart."""
-    if not layer_outputs:
+def class_grads(outputs: Tensor, index: int, calls: list[Call], *, retain: bool) -> list[Tensor | None]:
+    """Differentiate one class, summed over examples, in every call's output: rows are independent, so sums keep them apart.
+
+    Args:
+        outputs: Shape `(n, C)`.
+        index: The class.
+        calls: From the watch.
+        retain: Whether the graph is needed again.
+
+    Returns:
+        One gradient per call, None where it reaches nothing.
+    """
+    if not calls:
         return []
-    totals = outputs.sum(dim=0)
-    last = len(totals) - 1
-    return [
-        [
-            torch.zeros_like(layer) if grad is None else grad
-            for layer, grad in zip(
-                layer_outputs,
-                torch.autograd.grad(total, layer_outputs, retain_graph=c < last, allow_unused=True),
-                strict=True,
+    edges = [call.edge for call in calls]
+    return list(torch.autograd.grad(outputs[:, index].sum(), edges, retain_graph=retain, allow_unused=True))
+
+
+def _check_idle(outputs: Tensor, idle: Mapping[str, nn.Parameter]) -> None:
+    """Check that parameters which reached no output of the probe reach none here either."""
+    if not idle:
+        return
+    grads = torch.autograd.grad(outputs.sum(), list(idle.values()), allow_unused=True)
+    if any(grad is not None and bool(grad.any()) for grad in grads):
+        raise UnlikeProbe("some examples use parameters that others do not")
+
+
+class _Collector:
+    """Puts the gradients of every class where they belong."""
+
+    def __init__(self, routes: Routes, watch: WeightWatch, outputs: Tensor) -> None:
+        self.routes, self.watch = routes, watch
+        self.num_examples, self.num_classes = outputs.shape
+        self._rows: dict[str, Tensor] = {}
+        self._computed: dict[int, tuple[Tensor, Tensor]] = {}  # id of a computed weight: the weight, its rows
+        self._grads: dict[tuple[int, int], Tensor] = {}  # (call, use): [examples, classes, units, positions]
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._targets = {key: resolve(use.weight, watch, routes.ruled_parameters) for key, _, _, use in self._uses()}
+
+    def _uses(self) -> Iterator[tuple[tuple[int, int], int, Layout, Use]]:
+        for i, (call, planned) in enumerate(zip(self.watch.calls, self.routes.plan.calls, strict=True)):
+            if planned.layout is not None:
+                for j, use in enumerate(call.uses):
+                    yield (i, j), i, planned.layout, use
+
+    def add_class(self, index: int, grads: list[Tensor | None]) -> None:
+        """Add one class.
+
+        Args:
+            index: The class.
+            grads: From `class_grads`.
+        """
+        for grad, call, planned in zip(grads, self.watch.calls, self.routes.plan.calls, strict=True):
+            if grad is None:
+                continue
+            if planned.layout is None:
+                raise UnlikeProbe("the result of a layer reaches the output for some examples only")
+            if not all(use.fits(planned.layout, call.shape, self.num_examples) for use in call.uses):
+                raise UnlikeProbe(f"`{call.name}` has an output of shape {call.shape} for {self.num_examples} examples")
+        cast = [None if grad is None else grad.to(self.routes.dtype) for grad in grads]
+        for key, i, layout, use in self._uses():
+            grad = cast[i]
+            if grad is not None:
+                self._add_use(key, index, layout, use, grad)
+
+    def _add_use(self, key: tuple[int, int], index: int, layout: Layout, use: Use, grad: Tensor) -> None:
+        target, n = self._targets[key], self.num_examples
+        if isinstance(use, OuterUse) and key not in self._inputs:
+            inputs = use.inputs(layout, n)
+            self._inputs[key] = inputs.to(self.routes.dtype) if inputs.is_floating_point() else inputs
+        inputs = self._inputs.get(key)
+        if target.name is not None and self.routes.plan.storage[target.name] == "factors":
+            assert isinstance(use, OuterUse)  # `choose_storage` said so
+            factor = use.grads(grad, layout, n)
+            if key not in self._grads:
+                self._grads[key] = factor.new_zeros(n, self.num_classes, *factor.shape[1:])
+            self._grads[key][:, index] = factor
+            return
+        rows = use.rows(grad, layout, n, inputs)
+        if target.name is None:
+            if id(use.weight) not in self._computed:
+                self._computed[id(use.weight)] = (use.weight, rows.new_zeros(n, self.num_classes, use.weight.numel()))
+            self._computed[id(use.weight)][1][:, index] += rows
+            return
+        store = self._row_store(target.name)[:, index].view(n, num_rows(self.routes.parameters[target.name]), -1)
+        if target.transposed:
+            rows = rows.view(n, *use.weight.shape).mT.reshape(n, -1)
+        store[:, target.part] += rows.view(n, target.part.stop - target.part.start, -1)
+
+    def _row_store(self, name: str) -> Tensor:
+        if name not in self._rows:
+            parameter = self.routes.parameters[name]
+            self._rows[name] = torch.zeros(
+                self.num_examples, self.num_classes, parameter.numel(), dtype=self.routes.dtype, device=parameter.device
             )
-        ]
-        for c, total in enumerate(totals)
-    ]
+        return self._rows[name]
+
+    def factors(self) -> dict[str, list[OuterFactor]]:
+        """Put positions of the same part of a parameter side by side.
+
+        Returns:
+            Factors by parameter.
+        """
+        groups: dict[tuple[str, int, int, bool, bool], list[tuple[int, int]]] = {}
+        for key, _, _, use in self._uses():
+            if key in self._grads:
+                assert isinstance(use, OuterUse)
+                target = self._targets[key]
+                assert target.name is not None
+                is_token = self._inputs[key].ndim == 2
+                kind = (target.name, target.part.start, target.part.stop, use.transposed != target.transposed, is_token)
+                groups.setdefault(kind, []).append(key)
+        found: dict[str, list[OuterFactor]] = {}
+        for (name, start, stop, transposed, _), keys in groups.items():
+            grads, inputs = ([store.pop(key) for key in keys] for store in (self._grads, self._inputs))
+            factor = OuterFactor(
+                grads[0] if len(grads) == 1 else torch.cat(grads, dim=3),
+                inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1),
+                slice(start, stop),
+                transposed,
+            )
+            found.setdefault(name, []).append(factor)
+        return found
+
+    def rows(self) -> dict[str, Tensor]:
+        """Finish the rows, pulling those of computed weights back to their parameters.
+
+        Returns:
+            Rows by parameter.
+        """
+        parameters = self.routes.parameters
+        for weight, rows in self._computed.values():
+            names = sorted(self.watch.roots(weight))
+            stores = [self._row_store(name) for name in names]
+            for i in range(self.num_examples):
+                for c in range(self.num_classes):
+                    # One small backward pass per output: parametrizations have no batched derivative (weight_norm, for one).
+                    grads = torch.autograd.grad(
+                        weight, [parameters[name] for name in names], rows[i, c].view_as(weight).to(weight), retain_graph=True, allow_unused=True
+                    )
+                    for store, grad in zip(stores, grads, strict=True):
+                        if grad is not None:
+                            store[i, c] += grad.flatten()
+        return self._rows
+
+
+def without(routes: Routes, names: frozenset[str]) -> Routes:
+    """Leave some parameters to autograd.
+
+    Args:
+        routes: Routes.
+        names: Parameters.
+
+    Returns:
+        New routes, without a plan.
+    """
+    return replace(routes, ruled=routes.ruled - names, plan=Plan())

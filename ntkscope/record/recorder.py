@@ -17,7 +17,7 @@ from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.batch import take
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.gram import DEFAULT_MEMORY, blockwise_gram
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.jacobian import Routes, compute_jacobian
 from ntkscope.kernel.model import forward_rows, train_only_kinds
 from ntkscope.record import optimizers

@@ -11,7 +11,7 @@ from ntkscope._checks import InputError
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import probe_routes
-from ntkscope.kernel.gram import DEFAULT_MEMORY, blockwise_gram
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.model import forward_rows, select_parameters, train_only_kinds
 from ntkscope.record.checkpoint import find_weights, load_checkpoint, stored_learning_rate, stored_step
 from ntkscope.record.probe import ProbeSet, make_probe

@@ -1,10 +1,12 @@
-"""Layer rules: from what a layer saw to the factors of its Jacobian. One file per layer family.
+"""Layer rules: from one use of a weight to its share of the Jacobian. One file per layer family.
 
-A rule turns one call into `PositionFactor`s. With activations a (examples, positions, inputs) and output gradients
-d (examples, classes, positions, units), the gradient of output (i, c) with respect to the weight is
+A rule is a function `rule(watch, func, args, kwargs) -> Seen` for one torch function (`table.RULES`). It makes the call, and describes
+what it saw as uses of weights (`use.py`): with activations a (examples, positions, inputs) and output gradients d (examples, units,
+positions) of one output class, the gradient with respect to the weight is
 
-    sum over t of  outer(d[i, c, t, :], a[i, t, :])        # [units, inputs], the layout of the flattened weight slice
+    sum over t of  outer(d[i, :, t], a[i, t, :])        # [units, inputs], the weight as a matrix (first axis, rest)
 
-A Linear on plain rows has one position; a convolution has one per output pixel; a module called twice has its calls' positions
-side by side, because its gradient is their sum.
+A Linear on plain rows has one position, a convolution one per output pixel, an Embedding one per token; a weight used twice has the
+positions of both uses side by side, because its gradient is their sum. Weights that only scale or shift have no such factors: their
+gradient rows are as small as they are, and are formed at once.
 """

@@ -1,38 +1,102 @@
-"""nn.Linear on inputs of shape (examples, ..., inputs)."""
+"""Products with a weight matrix: F.linear, matmul on either side, addmm, bilinear."""
 
-from torch import Tensor, nn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ntkscope.kernel.capture import LayerCall
-from ntkscope.kernel.rules.factor import PositionFactor, bias_factor
+from torch import Tensor
+
+from ntkscope.kernel.rules.use import LinearUse, ScaleUse, Seen, Use, bind
+
+if TYPE_CHECKING:
+    from ntkscope.kernel.watch import WeightWatch
 
 
-class LinearRule:
-    """Gradients are outer products of layer input and output gradient."""
+def linear(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """F.linear on inputs of shape (..., inputs).
 
-    def matches(self, module: nn.Module) -> bool:
-        """Accept Linear, and subclasses that keep its forward pass.
+    Args:
+        watch: Knows which tensors are weights.
+        func: The torch function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
 
-        Args:
-            module: A layer.
+    Returns:
+        Uses of weight and bias.
+    """
+    given = bind(("input", "weight", "bias"), args, kwargs)
+    output = func(*args, **kwargs)
+    uses: list[Use] = []
+    if watch.is_weight(given["weight"]) and not watch.is_weight(given["input"]):
+        uses.append(LinearUse(given["weight"], activations=given["input"].detach()))
+    if watch.is_weight(given["bias"]):
+        uses.append(ScaleUse(given["bias"], shape=tuple(given["bias"].shape)))
+    return Seen(output, output, tuple(uses))
 
-        Returns:
-            Whether the rule applies.
-        """
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
-    def factors(self, call: LayerCall, output_grads: Tensor) -> dict[str, list[PositionFactor]]:
-        """Factor one call.
+def matmul(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """`x @ w` and `w @ x` with a matrix w.
 
-        Args:
-            call: What the layer saw.
-            output_grads: Shape `(classes, examples, ..., units)`.
+    Args:
+        watch: Knows which tensors are weights.
+        func: The torch function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
 
-        Returns:
-            Factors of `weight` and `bias`.
-        """
-        num_examples = call.input.shape[0]
-        # [examples, ..., inputs] -> [examples, positions, inputs]
-        activations = call.input.reshape(num_examples, -1, call.input.shape[-1])
-        grads = output_grads.reshape(output_grads.shape[0], num_examples, -1, output_grads.shape[-1]).transpose(0, 1)
-        units = slice(0, grads.shape[-1])
-        return {"weight": [PositionFactor(units, activations, grads)], "bias": [bias_factor(grads)]}
+    Returns:
+        The use of w.
+    """
+    left, right = tuple(args) + tuple(kwargs.values())
+    output = func(*args, **kwargs)
+    use = None
+    if watch.is_weight(right) and right.ndim == 2 and left.ndim > 1 and watch.is_data(left):
+        use = LinearUse(right, transposed=True, activations=left.detach())
+    elif watch.is_weight(left) and left.ndim == 2 and right.ndim > 2 and watch.is_data(right):
+        use = LinearUse(left, activations=right.detach().mT, columns=True)
+    return Seen(output, output, () if use is None else (use,))
+
+
+def addmm(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """`bias + x @ w`, as GPT-2's Conv1D has it.
+
+    Args:
+        watch: Knows which tensors are weights.
+        func: The torch function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Uses of w and bias.
+    """
+    given = bind(("input", "mat1", "mat2"), args, kwargs)
+    output = func(*args, **kwargs)
+    uses: list[Use] = []
+    is_plain = given.get("beta") in (None, 1) and given.get("alpha") in (None, 1)
+    if is_plain and watch.is_weight(given["mat2"]) and watch.is_data(given["mat1"]):
+        uses.append(LinearUse(given["mat2"], transposed=True, activations=given["mat1"].detach()))
+    if is_plain and watch.is_weight(given["input"]):
+        uses.append(ScaleUse(given["input"], shape=tuple(given["input"].shape)))
+    return Seen(output, output, tuple(uses))
+
+
+def bilinear(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """F.bilinear: a Linear on the outer product of two inputs.
+
+    Args:
+        watch: Knows which tensors are weights.
+        func: The torch function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Uses of weight and bias.
+    """
+    given = bind(("input1", "input2", "weight", "bias"), args, kwargs)
+    output = func(*args, **kwargs)
+    uses: list[Use] = []
+    first, second = given["input1"], given["input2"]
+    if watch.is_weight(given["weight"]) and watch.is_data(first) and watch.is_data(second):
+        products: Tensor = first.detach()[..., :, None] * second.detach()[..., None, :]
+        uses.append(LinearUse(given["weight"], activations=products.flatten(-2)))
+    if watch.is_weight(given["bias"]):
+        uses.append(ScaleUse(given["bias"], shape=tuple(given["bias"].shape)))
+    return Seen(output, output, tuple(uses))

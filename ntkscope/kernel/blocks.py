@@ -1,0 +1,335 @@
+"""Filling the kernel block by block: examples are taken in blocks whose Jacobians fit the memory that is allowed.
+
+The rows' block is as large as memory permits and is held; the columns stream past it in smaller blocks, so that every example is
+differentiated (number of row blocks + 1)/2 times on average. One block for all where that fits.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntkscope._checks import InputError
+from ntkscope._types import KernelOutputs
+from ntkscope.kernel.batch import count_examples, take
+from ntkscope.kernel.contract import contract
+from ntkscope.kernel.coverage import Coverage
+from ntkscope.kernel.factor import FactoredJacobian
+from ntkscope.kernel.jacobian import Routes, UnlikeProbe, compute_jacobian, without
+from ntkscope.kernel.precond import Precond
+
+DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
+LARGEST_CHUNK = 2**26  # bytes: longer chunks make no product faster, see benchmarks/RESULTS.md
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows' and columns' examples of one block of the kernel."""
+
+    rows: slice
+    columns: slice
+    is_diagonal: bool  # the same examples, of which only the lower triangle is computed
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut.
+
+    Attributes:
+        tiles: In the order in which they are computed; together they cover the kernel, or its lower triangle.
+        chunk_bytes: Bound on what a contraction forms at a time.
+        peak_bytes: Estimate of all memory in use at once, result included.
+        is_whole: Whether the Jacobian of all examples fits.
+    """
+
+    tiles: tuple[Tile, ...]
+    chunk_bytes: int
+    peak_bytes: int
+    is_whole: bool
+
+
+def plan_tiles(
+    num_rows: int, num_columns: int | None, coverage: Coverage, *, trace: bool, budget: int, itemsize: int, num_parts: int = 1
+) -> Tiling:
+    """Cut a kernel into tiles.
+
+    Args:
+        num_rows: n.
+        num_columns: n', or None for the symmetric kernel.
+        coverage: From `probe_routes`.
+        trace: Whether classes are summed over.
+        budget: Bytes in all.
+        itemsize: Bytes of one entry while it is summed.
+        num_parts: Processes that share the tiles.
+
+    Returns:
+        The tiling.
+
+    Raises:
+        InputError: If the result alone takes more than half of the budget.
+    """
+    width = 1 if trace else coverage.num_classes
+    columns = num_rows if num_columns is None else num_columns
+    result = num_rows * columns * width**2 * itemsize
+    if result > budget // 2:
+        raise InputError(
+            f"The kernel of {num_rows} x {columns} examples and {width} outputs each takes {result / 2**30:.2f} GiB, more than half of "
+            f"max_memory ({budget / 2**30:.2f} GiB). Take fewer examples, outputs='trace' or 'class=k', NTKOperator, or raise max_memory."
+        )
+    remaining = budget - result
+    chunk = max(1, min(LARGEST_CHUNK, remaining // 4))
+    hold = remaining - chunk
+    held, working = coverage.bytes_per_example, coverage.working_bytes_per_example
+    both = max(1, held + working)
+    is_whole = (num_rows * both if num_columns is None else (num_rows + columns) * both) <= hold
+    left = min(num_rows, max(1, hold * 4 // 5 // both))
+    right = max(1, min(columns, (hold - left * held) // both))
+    if is_whole:
+        left = num_rows if num_parts == 1 else -(-num_rows // (2 * num_parts))
+        right = columns if num_columns is not None else left
+    tiles: list[Tile] = []
+    for start in range(0, num_rows, left):
+        rows = slice(start, min(start + left, num_rows))
+        if num_columns is None:
+            tiles.append(Tile(rows, rows, is_diagonal=True))
+        limit = start if num_columns is None else num_columns
+        tiles += [Tile(rows, slice(j, min(j + right, limit)), is_diagonal=False) for j in range(0, limit, right)]
+    streamed = (columns if num_columns is not None else 0) if is_whole else right
+    peak = result + chunk + left * both + streamed * both
+    return Tiling(tuple(tiles), chunk, peak, is_whole)
+
+
+def blockwise_gram(
+    model: nn.Module,
+    inputs: Any,
+    other: Any,
+    *,
+    routes: Routes,
+    coverage: Coverage,
+    outputs: KernelOutputs,
+    precond: Precond | None,
+    budget: int,
+    progress: Callable[[int, int], None] | None,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """Compute the kernel tile by tile.
+
+    Args:
+        model: The model, inside `undisturbed`.
+        inputs: Rows.
+        other: Columns, or None for the symmetric kernel.
+        routes: From `probe_routes`.
+        coverage: From `probe_routes`.
+        outputs: The kind; all but "trace" are full kernels of what the readout gives.
+        precond: Checked M.
+        budget: Bytes.
+        progress: Called with (tiles done, tiles in all).
+        accumulate: dtype in which chunks are added up; float64 if not given.
+
+    Returns:
+        The kernel, in the dtype of the factors.
+    """
+    groups = {"": None}
+    found = blockwise_grams(
+        model,
+        inputs,
+        other,
+        routes=routes,
+        coverage=coverage,
+        outputs=outputs,
+        precond=precond,
+        budget=budget,
+        progress=progress,
+        accumulate=torch.float64 if accumulate is None else accumulate,
+        groups=groups,
+    )
+    return found[""].to(routes.dtype)
+
+
+def blockwise_grams(
+    model: nn.Module,
+    inputs: Any,
+    other: Any,
+    *,
+    routes: Routes,
+    coverage: Coverage,
+    outputs: KernelOutputs,
+    precond: Precond | None,
+    budget: int,
+    progress: Callable[[int, int], None] | None,
+    accumulate: torch.dtype,
+    groups: Mapping[str, frozenset[str] | None],
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, Float[Tensor, "rows columns"]]:
+    """Compute one kernel per group of parameters in one pass over the examples.
+
+    Args:
+        model: As for `blockwise_gram`.
+        inputs: As there.
+        other: As there.
+        routes: As there.
+        coverage: As there.
+        outputs: As there.
+        precond: As there.
+        budget: As there.
+        progress: As there.
+        accumulate: dtype in which chunks are added up.
+        groups: Parameter names by group; None takes all.
+        part: Which part of how many: tiles are dealt out, and what is not ours stays zero.
+
+    Returns:
+        Kernels by group, symmetric ones mirrored where complete; parts of one kernel must be added before `mirror`.
+
+    Raises:
+        UnlikeProbe: If some examples take another way through the model even where autograd differentiates every output.
+    """
+    trace = outputs == "trace"
+    width = 1 if trace else coverage.num_classes
+    num_rows, num_columns = count_examples(inputs), None if other is None else count_examples(other)
+    itemsize = torch.finfo(accumulate).bits // 8 * len(groups)
+    tiling = plan_tiles(num_rows, num_columns, coverage, trace=trace, budget=budget, itemsize=itemsize, num_parts=part[1])
+    columns = num_rows if num_columns is None else num_columns
+    device = parameters_device(routes)
+    while True:
+        totals = {name: torch.zeros(num_rows * width, columns * width, dtype=accumulate, device=device) for name in groups}
+        try:
+            _fill(totals, model, inputs, other, routes, tiling, part, trace, precond, progress, groups, width)
+            break
+        except UnlikeProbe:
+            # Data-dependent models: what the probe learned on two examples does not hold for all, so autograd takes over.
+            if not routes.ruled:
+                raise
+            routes = without(routes, routes.ruled)
+    if num_columns is None and part[1] == 1:
+        for total in totals.values():
+            mirror(total)
+    return totals
+
+
+def _fill(
+    totals: Mapping[str, Tensor],
+    model: nn.Module,
+    inputs: Any,
+    other: Any,
+    routes: Routes,
+    tiling: Tiling,
+    part: tuple[int, int],
+    trace: bool,
+    precond: Precond | None,
+    progress: Callable[[int, int], None] | None,
+    groups: Mapping[str, frozenset[str] | None],
+    width: int,
+) -> None:
+    """Compute the tiles of one part."""
+    tiles = deal(tiling.tiles, part)
+    source = inputs if other is None else other
+    cache = _Jacobians(model, routes, keep_all=part[1] > 1 and tiling.is_whole)
+    for done, tile in enumerate(tiles):
+        left = cache.rows(inputs, tile.rows)
+        right = left if tile.is_diagonal else cache.columns(source, tile.columns, is_same_batch=other is None)
+        where = (slice(tile.rows.start * width, tile.rows.stop * width), slice(tile.columns.start * width, tile.columns.stop * width))
+        for name, names in groups.items():
+            contract(
+                left, right, totals[name][where], precond=precond, trace=trace, chunk_bytes=tiling.chunk_bytes, names=names
+            )
+        if progress is not None:
+            progress(done + 1, len(tiles))
+
+
+class _Jacobians:
+    """Computes Jacobians of blocks, and holds the rows' block; all blocks where several processes share a kernel that fits."""
+
+    def __init__(self, model: nn.Module, routes: Routes, *, keep_all: bool) -> None:
+        self._model, self._routes, self._keep_all = model, routes, keep_all
+        self._held: dict[tuple[int, int, bool], FactoredJacobian] = {}  # start, stop, whether of another batch
+
+    def rows(self, batch: Any, examples: slice) -> FactoredJacobian:
+        """Get a block of rows, and hold it.
+
+        Args:
+            batch: Rows.
+            examples: Which.
+
+        Returns:
+            Its Jacobian.
+        """
+        key = (examples.start, examples.stop, False)
+        if key not in self._held:
+            if not self._keep_all:
+                self._held.clear()
+            self._held[key] = compute_jacobian(self._model, take(batch, examples), self._routes)
+        return self._held[key]
+
+    def columns(self, batch: Any, examples: slice, *, is_same_batch: bool) -> FactoredJacobian:
+        """Get a block of columns.
+
+        Args:
+            batch: Columns.
+            examples: Which.
+            is_same_batch: Whether rows and columns are the same examples.
+
+        Returns:
+            Its Jacobian.
+        """
+        key = (examples.start, examples.stop, not is_same_batch)
+        if key in self._held:
+            return self._held[key]
+        found = compute_jacobian(self._model, take(batch, examples), self._routes)
+        if self._keep_all:
+            self._held[key] = found
+        return found
+
+
+def deal(tiles: tuple[Tile, ...], part: tuple[int, int]) -> list[Tile]:
+    """Deal tiles out to processes so that all have about the same work.
+
+    Args:
+        tiles: All of them.
+        part: Which part of how many.
+
+    Returns:
+        The tiles of this part, in order.
+    """
+    index, num_parts = part
+    loads = [0.0] * num_parts
+    own = []
+    for tile in sorted(tiles, key=_work, reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += _work(tile)
+        if lightest == index:
+            own.append(tile)
+    return sorted(own, key=lambda tile: (tile.rows.start, not tile.is_diagonal, tile.columns.start))
+
+
+def _work(tile: Tile) -> float:
+    size = (tile.rows.stop - tile.rows.start) * (tile.columns.stop - tile.columns.start)
+    return 0.5 * size if tile.is_diagonal else float(size)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy the lower triangle to the upper one, in place and in blocks.
+
+    Args:
+        matrix: Square.
+    """
+    step = 1024
+    for start in range(0, len(matrix), step):
+        stop = min(start + step, len(matrix))
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+        matrix[:start, start:stop] = matrix[start:stop, :start].T
+
+
+def parameters_device(routes: Routes) -> torch.device:
+    """Find the device that the parameters are on.
+
+    Args:
+        routes: Routes.
+
+    Returns:
+        The device.
+    """
+    return next(iter(routes.parameters.values())).device
