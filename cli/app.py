@@ -5,6 +5,7 @@ import sys
 import typer
 
 from .analyze import analyze
+from .check import check
 from .demo import demo
 from .failures import INTERRUPTED
 from .inspect import inspect
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(analyze)
+app.command()(check)
 app.command()(inspect)
 
 

@@ -9,6 +9,10 @@ from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.gate.step import gate_values, gated_adam_step
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.gram import Gram, ntk_gram
+from ntkscope.kernel.operator import NTKOperator
+from ntkscope.kernel.price import Price, price_gram
+from ntkscope.kernel.ranks import RankError
+from ntkscope.kernel.top_eig import TopEigenpairs
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace, load_trace
@@ -22,7 +26,11 @@ __all__ = [
     # kernel
     "Coverage",
     "Gram",
+    "NTKOperator",
+    "Price",
+    "TopEigenpairs",
     "ntk_gram",
+    "price_gram",
     # dynamics
     "Closure",
     "Dissipation",
@@ -51,6 +59,7 @@ __all__ = [
     # errors
     "InputError",
     "InputTypeError",
+    "RankError",
     "UnsupportedError",
     "UserError",
 ]

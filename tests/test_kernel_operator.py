@@ -94,7 +94,7 @@ def test_loss_products_match_the_matrix(is_cross):
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 @pytest.mark.parametrize("kind", ["full", "trace"])
-def test_blocks_do_not_change_the_result(case, kind, monkeypatch):
+def test_blocks_do_not_change_the_result(case, kind):
     model, inputs = case.build()
     whole = NTKOperator(model, inputs, outputs=kind)
     pieces = NTKOperator(model, inputs, outputs=kind, max_memory=1)
@@ -103,6 +103,8 @@ def test_blocks_do_not_change_the_result(case, kind, monkeypatch):
     assert len(pieces._blocks(pieces._num_rows, 1)) == pieces._num_rows
     assert_close(pieces(vectors(whole)), whole(vectors(whole)), rtol=1e-9)
     middle = NTKOperator(model, inputs, outputs=kind, max_memory=12 * whole._bytes_per_example)  # two examples and a vector or so
+    assert middle._chunk_size(3) < 3
+    assert 1 < len(middle._blocks(middle._num_rows, middle._chunk_size(3))) < middle._num_rows
     assert_close(middle(vectors(whole)), whole(vectors(whole)), rtol=1e-9)
 
 
@@ -252,7 +254,7 @@ def test_model_is_left_as_found_after_an_exception(when):
 
 
 @pytest.mark.parametrize("solver", ["eigsh", "lobpcg"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "weight_norm"])
+@pytest.mark.parametrize("name", ["mlp", "gpt", "weight_norm"])
 @pytest.mark.parametrize("kind", ["full", "trace"])
 def test_top_eigenpairs_match_the_matrix(solver, name, kind):
     model, inputs = BY_NAME[name].build(num_examples=16)
@@ -264,7 +266,7 @@ def test_top_eigenpairs_match_the_matrix(solver, name, kind):
     assert_close(pairs.eigvecs.T @ pairs.eigvecs, torch.eye(3))
     residuals = torch.linalg.vector_norm(matrix @ pairs.eigvecs - pairs.eigvecs * pairs.eigvals, dim=0) / pairs.eigvals[0]
     assert float(residuals.max()) < 1e-8
-    assert_close(pairs.residuals, residuals, rtol=1e-12)
+    assert float((pairs.residuals - residuals).abs().max()) < 1e-13
     assert pairs.solver == solver
     assert 3 < pairs.num_products < 3 * len(matrix)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -273,7 +275,7 @@ def test_top_eigenpairs_match_the_matrix(solver, name, kind):
 
 @pytest.mark.parametrize("solver", ["eigsh", "lobpcg"])
 def test_top_eigenpairs_in_float32(solver):
-    model, inputs = BY_NAME["cnn"].build(torch.float32, num_examples=16)
+    model, inputs = BY_NAME["mlp"].build(torch.float32, num_examples=16)
     pairs = NTKOperator(model, inputs).top(3, solver=solver)
     assert_close(pairs.eigvals, torch.linalg.eigvalsh(oracle_gram(model, inputs)).flip(0)[:3], rtol=1e-5)
     assert float(pairs.residuals.max()) < 1e-4
@@ -293,6 +295,16 @@ def test_num_products_counts_vectors():
     whole = op._apply_full
     op._apply_full = lambda vectors: (counted.append(vectors.shape[1]), whole(vectors))[1]
     assert op.top(2, solver="lobpcg").num_products == sum(counted)
+
+
+@pytest.mark.parametrize("solver", ["eigsh", "lobpcg"])
+@pytest.mark.parametrize("rank", [1, 4, 5, 7])
+def test_top_eigenpairs_of_a_kernel_of_low_rank(solver, rank):
+    """Of rank below the three blocks of LOBPCG."""
+    torch.manual_seed(rank)
+    model, inputs = nn.Linear(rank, 1, bias=False).double(), torch.randn(40, rank, dtype=torch.float64)
+    pairs = NTKOperator(model, inputs).top(3, solver=solver)
+    assert_close(pairs.eigvals, torch.linalg.eigvalsh(inputs @ inputs.T).flip(0)[:3], rtol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["eigsh", "lobpcg"])
@@ -360,8 +372,11 @@ def test_a_wrong_forward_formula_is_not_taken():
 
 
 def test_a_model_vmap_refuses_is_taken_vector_by_vector():
-    # `.item()` of something that depends on the parameters
-    model = Through(lambda u: u * float(u.detach()[0, 0].item() ** 2 >= 0))
+    def branching(u):  # vmap refuses .item() of what depends on the vectors
+        tangent = torch.autograd.forward_ad.unpack_dual(u).tangent
+        return u if tangent is None else u + 0.0 * tangent.sum().item()
+
+    model = Through(branching)
     op = NTKOperator(model, ONES)
     assert not op._routes.jvp.batched
     assert_close(op(vectors(op)), (ONES @ ONES.T + 1).kron(torch.eye(2)) @ vectors(op))
@@ -408,7 +423,7 @@ TARGETS = torch.tensor([0, 1, 0])
         (
             lambda: NTKOperator(Through(OnceDifferentiable.apply), ONES),
             UnsupportedError,
-            "(?s)Forward-mode AD: .*setup_context.*double backward pass: .*once_differentiable.*`ntk_gram`",
+            "(?s)Forward-mode AD: .*setup_context.*double backward pass: .*cannot be differentiated itself.*`ntk_gram`",
         ),
         (lambda: plain(precond={"weight": 1.0}), InputError, "missing: bias"),
         (lambda: plain(precond={"weight": 1.0, "bias": -1.0}), InputError, "nonnegative"),
@@ -453,6 +468,7 @@ def test_bad_input(call, error, message):
 @pytest.mark.parametrize("solver", ["eigsh", "lobpcg"])
 def test_no_convergence_is_an_error(solver, monkeypatch):
     monkeypatch.setattr("ntkscope.kernel.top_eig.MAX_ITERATIONS", 1)
-    op = NTKOperator(*BY_NAME["mlp"].build(num_examples=16))
-    with pytest.raises(InputError, match=rf"solver='{solver}' stopped with \d of 3 eigenpairs"):
-        op.top(3, solver=solver)
+    monkeypatch.setattr("ntkscope.kernel.top_eig.MAX_RESTARTS", 1)
+    op = NTKOperator(*BY_NAME["mlp"].build(num_examples=40))
+    with pytest.raises(InputError, match=rf"solver='{solver}' stopped with \d+ of 10 eigenpairs"):
+        op.top(10, solver=solver)

@@ -18,7 +18,7 @@ from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.contract import contract
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.factor import FactoredJacobian
-from ntkscope.kernel.jacobian import Routes, UnlikeProbe, compute_jacobian, without
+from ntkscope.kernel.jacobian import Routes, UnlikeProbe, compute_jacobian
 from ntkscope.kernel.precond import Precond
 
 DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
@@ -98,7 +98,7 @@ def plan_tiles(
         limit = start if num_columns is None else num_columns
         tiles += [Tile(rows, slice(j, min(j + right, limit)), is_diagonal=False) for j in range(0, limit, right)]
     streamed = (columns if num_columns is not None else 0) if is_whole else right
-    peak = result + chunk + left * both + streamed * both
+    peak = result + chunk + max(left * both, left * held + streamed * both)
     return Tiling(tuple(tiles), chunk, peak, is_whole)
 
 
@@ -194,6 +194,7 @@ def blockwise_grams(
     columns = num_rows if num_columns is None else num_columns
     device = parameters_device(routes)
     while True:
+        # Allocated anew after a failed try: it may have added up some tiles.
         totals = {name: torch.zeros(num_rows * width, columns * width, dtype=accumulate, device=device) for name in groups}
         try:
             _fill(totals, model, inputs, other, routes, tiling, part, trace, precond, progress, groups, width)
@@ -202,7 +203,7 @@ def blockwise_grams(
             # Data-dependent models: what the probe learned on two examples does not hold for all, so autograd takes over.
             if not routes.ruled:
                 raise
-            routes = without(routes, routes.ruled)
+            routes = routes.left_to_autograd()
     if num_columns is None and part[1] == 1:
         for total in totals.values():
             mirror(total)
@@ -232,9 +233,7 @@ def _fill(
         right = left if tile.is_diagonal else cache.columns(source, tile.columns, is_same_batch=other is None)
         where = (slice(tile.rows.start * width, tile.rows.stop * width), slice(tile.columns.start * width, tile.columns.stop * width))
         for name, names in groups.items():
-            contract(
-                left, right, totals[name][where], precond=precond, trace=trace, chunk_bytes=tiling.chunk_bytes, names=names
-            )
+            contract(left, right, totals[name][where], precond=precond, trace=trace, chunk_bytes=tiling.chunk_bytes, names=names)
         if progress is not None:
             progress(done + 1, len(tiles))
 
@@ -281,6 +280,35 @@ class _Jacobians:
         if self._keep_all:
             self._held[key] = found
         return found
+
+
+def push_forward(
+    model: nn.Module, inputs: Any, tangents: Mapping[str, Tensor], *, routes: Routes, coverage: Coverage, budget: int
+) -> Float[Tensor, "examples classes"]:
+    """Compute J t in blocks of examples that fit.
+
+    Args:
+        model: The model, inside `undisturbed`.
+        inputs: Rows.
+        tangents: t by parameter name, shaped as the parameters.
+        routes: From `probe_routes`.
+        coverage: From `probe_routes`.
+        budget: Bytes.
+
+    Returns:
+        Motion of every output.
+
+    Raises:
+        UnlikeProbe: If some examples take another way through the model even where autograd differentiates every output.
+    """
+    step = max(1, budget // 2 // max(1, coverage.bytes_per_example + coverage.working_bytes_per_example))
+    starts = range(0, count_examples(inputs), step)
+    try:
+        return torch.cat([compute_jacobian(model, take(inputs, slice(i, i + step)), routes).push_forward(tangents) for i in starts])
+    except UnlikeProbe:
+        if not routes.ruled:
+            raise
+        return push_forward(model, inputs, tangents, routes=routes.left_to_autograd(), coverage=coverage, budget=budget)
 
 
 def deal(tiles: tuple[Tile, ...], part: tuple[int, int]) -> list[Tile]:

@@ -61,10 +61,10 @@ def batch_norm_statistics(model: nn.Module, mode: BatchNormMode, run: Callable[[
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.running_var is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     }
     if mode == "eval":
-        fresh = [name for name, norm in norms.items() if not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())]
+        fresh = [name for name, norm in norms.items() if _is_fresh(norm)]
         if fresh:
             warnings.warn(
                 f"BatchNorm {', '.join(fresh)} has running statistics that were never updated (mean 0, variance 1). "
@@ -86,3 +86,9 @@ def batch_norm_statistics(model: nn.Module, mode: BatchNormMode, run: Callable[[
             norm.training = False
         with torch.enable_grad():
             yield
+
+
+def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Say whether running statistics are as they were made."""
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and not bool(mean.any()) and bool((variance == 1).all())

@@ -5,11 +5,12 @@ are the same block, since only the lower triangle is computed):
 
 | contraction | M = I | elementwise M | when it wins |
 | --- | --- | --- | --- |
-| `grams`: <d aᵀ, d' a'ᵀ> = Σ_ts <d_t, d'_s> <a_t, a'_s> | T² (n n' k + N N' u) | – | few positions: plain Linear, tokens |
-| `modes`, T = 1: Q_o = a M_o a'ᵀ, then Σ_o d_o Q_o d'_o | – | n n' u k + N N' u | Linear under Adam or a gate |
-| `gradients`: form d aᵀ in chunks of columns, multiply | N N' u k + (N + N') T u k | the same | many positions |
+| `grams`, T = 1: <d aᵀ, d' a'ᵀ> = <d, d'> <a, a'> | n n' k + N N' u | – | a plain Linear |
+| `modes`, a pattern h_o of inputs per unit o: Q_o = h_o M_o h'_oᵀ, Σ_o d_o Q_o d'_o | n n' u k + N N' u | same | M ≠ I; pooled heads |
+| `positions`: a aᵀ', times d, times d' | T² (n n' k + N n' u) + T N N' u | – | late convolutions, wide inputs, many classes |
+| `gradients`: form d aᵀ in chunks of columns, and multiply | N N' u k + (N + N') T u k | the same | many positions |
 
-`trace` sums over classes: N N' becomes C n n'. The second row is ours: theory.md section 1 has only the third for M ≠ I.
+`trace` sums over classes: N N' becomes C n n'. theory.md section 1 has only the last row for M ≠ I; the two in the middle are ours.
 """
 
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def _add_factors(
 ) -> None:
     """Choose the contraction of two factors of one parameter."""
     if left.is_token != right.is_token:
-        _add_tied(total, left, right, scale, trace, chunk_bytes)
+        _add_tied(total, left.joined(), right.joined(), scale, trace, chunk_bytes)
         return
     if (left.part.start, left.part.stop) != (right.part.start, right.part.stop):
         return  # different rows of the parameter
@@ -75,6 +76,9 @@ def _add_factors(
     if left.is_token:
         left, right, weight = _one_hot(left, right, weight)
         is_same = is_same and left is right
+    if left.inputs.shape[2] == 0:
+        return  # no token in common
+    has_modes = left.has_modes and right.has_modes and (left.patterns is None) == (right.patterns is None)
     way = cheapest(
         num_rows=left.grads.shape[0],
         num_columns=right.grads.shape[0],
@@ -82,19 +86,20 @@ def _add_factors(
         units=left.grads.shape[2],
         inputs=left.inputs.shape[2],
         positions=max(left.inputs.shape[1], right.inputs.shape[1]),
+        has_modes=has_modes,
         is_weighted=weight is not None,
         is_trace=trace,
     )
-    if left.inputs.shape[2] == 0:
-        return  # no token in common
-    plain = scale if not isinstance(scale, Tensor) else 1.0
-    if way == "grams":
-        _add_grams(total, left, right, plain, trace, chunk_bytes, is_same)
-    elif way == "modes":
-        assert weight is not None  # cheapest() offers it only then
-        _add_modes(total, left, right, weight, trace, chunk_bytes, is_same)
+    plain = 1.0 if isinstance(scale, Tensor) else scale
+    if way == "modes":
+        _add_modes(total, left, right, weight, plain, trace, chunk_bytes, is_same)
+        return
+    left, right = left.joined(), left.joined() if right is left else right.joined()
+    if way == "gradients":
+        _add_gradients(total, left, left if is_same else right, plain if weight is None else weight, trace, chunk_bytes, is_same)
     else:
-        _add_gradients(total, left, right, plain if weight is None else weight, trace, chunk_bytes, is_same)
+        add = _add_grams if way == "grams" else _add_positions
+        add(total, left, right, plain, trace, chunk_bytes, is_same)
 
 
 def _one_hot(left: OuterFactor, right: OuterFactor, weight: Tensor | None) -> tuple[OuterFactor, OuterFactor, Tensor | None]:
@@ -134,9 +139,7 @@ def _add_tied(total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tenso
         total[where] += block if isinstance(scale, Tensor) else scale * block
 
 
-def _add_rows(
-    total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
-) -> None:
+def _add_rows(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
     """Multiply plain gradient rows, in chunks of columns."""
     width = left.shape[2]
     step = max(1, chunk_bytes // (2 * (left.shape[:2].numel() + right.shape[:2].numel()) * left.element_size()))
@@ -185,52 +188,70 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, is_sa
         total[rows, :stop] += product if scale == 1.0 else product.mul_(scale)
 
 
-def _add_grams(
+def _add_grams(total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
+    """One position: two small Grams, of inputs and of output gradients, multiplied elementwise."""
+    n, num_classes, _, _ = left.grads.shape
+    a, b = left.inputs[:, 0], right.inputs[:, 0]  # [examples, inputs]
+    d, e = left.grads[..., 0], right.grads[..., 0]  # [examples, classes, units]
+    per_row = 3 * (1 if trace else num_classes**2) * len(b) * a.element_size()
+    for rows, stop in _row_chunks(n, len(b), max(1, chunk_bytes // per_row), is_same):
+        grads = _flat(d[rows], trace) @ _flat(e[:stop], trace).T
+        inputs = a[rows] @ b[:stop].T  # [examples, examples']
+        if trace:
+            _add_block(total, grads.mul_(inputs), rows, stop, 1, scale)
+            continue
+        products = grads.view(len(inputs), num_classes, stop, num_classes).mul_(inputs[:, None, :, None])
+        _add_block(total, products.view(grads.shape), rows, stop, num_classes, scale)
+
+
+def _add_positions(
     total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool
 ) -> None:
-    """Two small Grams, of inputs and of output gradients, multiplied elementwise and summed over pairs of positions."""
-    n, num_classes, _, _ = left.grads.shape
-    num_inner = left.inputs.shape[1] * right.inputs.shape[1]
-    width = (1 if trace else num_classes**2) * num_inner
-    per_row = 3 * width * len(right.grads) * left.grads.element_size()
-    for rows, stop in _row_chunks(n, len(right.grads), max(1, chunk_bytes // per_row), is_same):
-        d, e = left.grads[rows], right.grads[:stop]  # [examples, classes, units, positions]
-        inputs = left.inputs[rows].flatten(0, 1) @ right.inputs[:stop].flatten(0, 1).T  # [examples positions, examples' positions']
-        if trace:
-            grads = d.permute(0, 3, 1, 2).flatten(2).flatten(0, 1) @ e.permute(0, 3, 1, 2).flatten(2).flatten(0, 1).T
-            products = (grads * inputs).view(len(d), d.shape[3], stop, e.shape[3])
-            block = products.sum(dim=(1, 3)) if num_inner > 1 else products.flatten(2).flatten(0, 1)
-        else:
-            grads = d.permute(0, 1, 3, 2).flatten(0, 2) @ e.permute(0, 1, 3, 2).flatten(0, 2).T
-            products = grads.view(len(d), num_classes, d.shape[3], stop, num_classes, e.shape[3])
-            products = products.mul_(inputs.view(len(d), 1, d.shape[3], stop, 1, e.shape[3]))
-            summed = products.sum(dim=(2, 5)) if num_inner > 1 else products
-            block = summed.reshape(len(d) * num_classes, stop * num_classes)
-        _add_block(total, block, rows, stop, 1 if trace else num_classes, scale)
+    """Many positions, M = I: a aᵀ' of one example with all others, then its output gradients, then theirs; no weight gradient is formed."""
+    n, num_classes, num_units, positions = left.grads.shape
+    others, other_positions = right.inputs.shape[:2]
+    d = left.grads.permute(0, 3, 2, 1).reshape(n, positions, num_units * num_classes)
+    order = (0, 3, 2, 1) if trace else (0, 1, 3, 2)
+    e = right.grads.permute(order).reshape(others, *((1,) if trace else (num_classes,)), -1)
+    per_other = other_positions * num_units * num_classes * left.grads.element_size()
+    step = max(1, chunk_bytes // (2 * per_other))
+    for i in range(n):
+        for columns in _slices(i + 1 if is_same else others, step):
+            inner = right.inputs[columns].flatten(0, 1) @ left.inputs[i].T  # [examples' positions', positions]
+            pushed = inner @ d[i]  # [examples' positions', units classes]
+            last = 1 if trace else num_classes
+            block = e[columns] @ pushed.view(columns.stop - columns.start, -1, last)  # [examples', classes', classes]
+            where = (slice(i * last, (i + 1) * last), slice(columns.start * last, columns.stop * last))
+            flat = block.permute(2, 0, 1).reshape(last, -1)
+            total[where] += flat if scale == 1.0 else scale * flat
 
 
 def _add_modes(
-    total: Tensor, left: OuterFactor, right: OuterFactor, weight: Tensor, trace: bool, chunk_bytes: int, is_same: bool
+    total: Tensor, left: OuterFactor, right: OuterFactor, weight: Tensor | None, scale: float, trace: bool, chunk_bytes: int, is_same: bool
 ) -> None:
-    """One position and elementwise M: a weighted Gram of inputs per unit, then its sum over units with the output gradients."""
+    """One pattern of inputs per unit: their Gram for every unit, weighted by M, then its sum over units with the output gradients."""
     n, num_classes, num_units, _ = left.grads.shape
-    itemsize = left.grads.element_size()
-    a, b = left.inputs[:, 0], right.inputs[:, 0]  # [examples, inputs]
+    others, itemsize = len(right.grads), left.grads.element_size()
+    a = left.modes()  # [examples, units or 1, inputs]
+    b = a if right is left else right.modes()
     d, e = left.grads[..., 0], right.grads[..., 0].permute(2, 0, 1)  # [examples, classes, units], [units, examples', classes]
-    units_step = max(1, chunk_bytes // (2 * len(b) * (b.shape[1] + n) * itemsize))
+    units_step = max(1, chunk_bytes // (3 * (others + n) * (b.shape[2] + n) * itemsize))
     for units in _slices(num_units, units_step):
-        weighted = weight[units, None, :] * b  # [units, examples', inputs]
-        grams = (weighted.flatten(0, 1) @ a.T).view(-1, len(b), n)  # [units, examples', examples]
-        per_row = 2 * grams.shape[0] * len(b) * num_classes * itemsize
-        for rows, stop in _row_chunks(n, len(b), max(1, chunk_bytes // per_row), is_same):
+        own = slice(0, 1) if a.shape[1] == 1 else units
+        first, second = a[:, own].transpose(0, 1), b[:, own].transpose(0, 1)  # [units or 1, examples, inputs]
+        weighted = second if weight is None else weight[units, None, :] * second
+        one_product = len(first) == 1  # large, instead of one small product per unit
+        grams = (weighted.reshape(-1, weighted.shape[2]) @ first[0].T).view(-1, others, n) if one_product else weighted @ first.mT
+        per_row = 2 * grams.shape[0] * others * num_classes * itemsize
+        for rows, stop in _row_chunks(n, others, max(1, chunk_bytes // per_row), is_same):
             inner = grams[:, :stop, rows].permute(2, 0, 1)  # [rows, units, examples']
             if trace:
                 both = torch.einsum("icu,ujc->iuj", d[rows][:, :, units], e[units, :stop])
-                _add_block(total, (both * inner).sum(dim=1), rows, stop, 1, 1.0)
+                _add_block(total, (both * inner).sum(dim=1), rows, stop, 1, scale)
                 continue
             scaled = (inner[..., None] * e[units, :stop]).flatten(2)  # [rows, units, examples' classes']
             block = d[rows][:, :, units] @ scaled  # [rows, classes, examples' classes']
-            _add_block(total, block.flatten(0, 1), rows, stop, num_classes, 1.0)
+            _add_block(total, block.flatten(0, 1), rows, stop, num_classes, scale)
 
 
 def _add_block(total: Tensor, block: Tensor, rows: slice, stop: int, width: int, scale: float) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Way = Literal["grams", "modes", "gradients"]
+Way = Literal["grams", "modes", "positions", "gradients"]
 
 # What an elementwise pass over one entry costs in multiply-adds of a large matrix product: measured on 2 cores, see benchmarks/RESULTS.md.
 ELEMENTWISE = 16
@@ -16,6 +16,7 @@ def costs(
     units: int,
     inputs: int,
     positions: int,
+    has_modes: bool,
     is_weighted: bool,
     is_trace: bool,
 ) -> dict[Way, float]:
@@ -28,6 +29,7 @@ def costs(
         units: u.
         inputs: k.
         positions: T.
+        has_modes: As `OuterFactor.has_modes`, on both sides.
         is_weighted: Whether M is elementwise.
         is_trace: Whether classes are summed over.
 
@@ -35,15 +37,19 @@ def costs(
         Multiply-adds by way, for the ways that are exact here.
     """
     pairs = num_rows * num_columns
-    outputs = pairs * (num_classes if is_trace else num_classes**2)
+    classes = num_classes if is_trace else num_classes**2
     forming = (num_rows + num_columns) * num_classes * positions * units * inputs
-    found: dict[Way, float] = {"gradients": float(outputs * units * inputs + forming)}
-    if not is_weighted:
-        entries = pairs * positions**2 * (1 if is_trace else num_classes**2)
-        found["grams"] = float(positions**2 * (pairs * inputs + outputs * units) + ELEMENTWISE * entries)
-    elif positions == 1:
+    found: dict[Way, float] = {"gradients": float(pairs * classes * units * inputs + forming)}
+    if has_modes:
         entries = pairs * units * (1 if is_trace else num_classes)
-        found["modes"] = float(pairs * units * inputs + outputs * units + ELEMENTWISE * entries)
+        found["modes"] = float(pairs * units * (inputs + classes) + ELEMENTWISE * entries)
+    if not is_weighted and positions == 1:
+        found["grams"] = float(pairs * (inputs + classes * units))
+    elif not is_weighted:
+        entries = pairs * positions * units * num_classes
+        found["positions"] = float(
+            pairs * positions * (positions * (inputs + units * num_classes) + classes * units) + ELEMENTWISE * entries
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UnsupportedError, UserError
+from ntkscope._checks import InputError, UnsupportedError, UserError, check_finite
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
@@ -142,6 +142,11 @@ class _Truth:
         self.weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         grads = torch.autograd.grad(outputs, list(parameters.values()), self.weights, allow_unused=True)
         self.grads = dict(zip(parameters, grads, strict=True))
+        for name, grad in self.grads.items():
+            if grad is not None:
+                check_finite(
+                    f"The gradient in `{name}`", grad, "The weights are finite, so activations overflow: check inputs, or use float64."
+                )
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs.dtype, 0.1)
         # A gradient that is zero but for rounding (a key's bias in attention) has no scale of its own.
@@ -211,22 +216,19 @@ def _try_rules(
 
     Returns:
         Parameters that failed with their reasons; if none did, the planned routes, sizes and names of the routes.
+
+    Raises:
+        UserError: If the input is at fault.
     """
     try:
         outputs, watch = watched_forward(model, pair, routes, None)
         if watch.refused:
             return watch.refused, routes, {}, {}
-        layouts = _find_layouts(outputs, watch)
-        failed = {
-            name: NO_LAYOUT
-            for call, layout in zip(watch.calls, layouts, strict=True)
-            if layout is False
-            for use in call.uses
-            for name in watch.roots(use.weight)
-        }
+        layouts, mixed = _find_layouts(outputs, watch)
+        failed = {name: NO_LAYOUT for call in mixed for use in call.uses for name in watch.roots(use.weight)}
         if failed:
             return failed, routes, {}, {}
-        calls = tuple(PlannedCall(c.name, l or None, len(c.uses)) for c, l in zip(watch.calls, layouts, strict=True))
+        calls = tuple(PlannedCall(call.name, layout, len(call.uses)) for call, layout in zip(watch.calls, layouts, strict=True))
         shares, names = _measure_shares(calls, watch, routes, outputs.shape[1])
         hidden = {name: HIDDEN_USE for name in routes.ruled if name not in shares and not truth.accepts(name, None)}
         if hidden:
@@ -246,26 +248,26 @@ def _try_rules(
     return differing, planned, shares, names
 
 
-def _find_layouts(outputs: Tensor, watch: WeightWatch) -> list[Layout | None | bool]:
-    """Find every call's layout: None where its output reaches nothing, False where no layout keeps the two examples apart."""
+def _find_layouts(outputs: Tensor, watch: WeightWatch) -> tuple[list[Layout | None], list[Call]]:
+    """Find every call's layout, None where its output reaches nothing; and the calls that no layout can tell the two examples apart in."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     per_example = [class_grads((outputs * weights)[i].sum()[None, None], 0, watch.calls, retain=i == 0) for i in (0, 1)]
-    return [_layout_of(call, first, second) for call, first, second in zip(watch.calls, *per_example, strict=True)]
+    layouts: list[Layout | None] = []
+    mixed = []
+    for call, first, second in zip(watch.calls, *per_example, strict=True):
+        fitting = [layout for layout in possible_layouts(call.shape, 2) if all(use.fits(layout, call.shape, 2) for use in call.uses)]
+        apart = [layout for layout in fitting if not _leaks(first, layout, 1) and not _leaks(second, layout, 0)]
+        is_used = first is not None or second is not None
+        layouts.append(apart[0] if apart and is_used else None)
+        if is_used and not apart:
+            mixed.append(call)
+    return layouts, mixed
 
 
-def _layout_of(call: Call, first: Tensor | None, second: Tensor | None) -> Layout | None | bool:
-    if first is None and second is None:
-        return None
-    for layout in possible_layouts(call.shape, 2):
-        if not all(use.fits(layout, call.shape, 2) for use in call.uses):
-            continue
-        leaks = (first is not None and bool(by_example(first, layout, 2)[1].any())) or (
-            second is not None and bool(by_example(second, layout, 2)[0].any())
-        )
-        if not leaks:
-            return layout
-    return False
+def _leaks(grad: Tensor | None, layout: Layout, other: int) -> bool:
+    """Say whether the gradient of one example's outputs reaches another example's rows."""
+    return grad is not None and bool(by_example(grad, layout, 2)[other].any())
 
 
 def _measure_shares(

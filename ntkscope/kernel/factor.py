@@ -11,15 +11,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+ROUNDING = 16  # times eps: by how much classes may differ in the pattern of one unit and still be taken to share it
+
 
 @dataclass(frozen=True)
 class OuterFactor:
     """Gradients of one parameter, or of some of its rows, as sums of outer products over positions (layout: `rules`)."""
 
-    grads: Float[Tensor, "examples classes units positions"]
+    grads: Float[Tensor, "examples classes units amplitudes"]  # one per position; one in all where `patterns` are given
     inputs: Float[Tensor, "examples positions inputs"] | Int[Tensor, "examples positions"]  # activations, or tokens for one-hot ones
     part: slice  # rows of the parameter as a matrix (first axis, rest)
     transposed: bool  # the parameter is [inputs, units]
+    patterns: Float[Tensor, "examples units positions"] | None = None  # of each unit, times `grads`
 
     @property
     def is_token(self) -> bool:
@@ -29,18 +32,45 @@ class OuterFactor:
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.grads, self.inputs))
+        held = (self.grads, self.inputs, *(() if self.patterns is None else (self.patterns,)))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def take(self, examples: slice) -> "OuterFactor":
-        """Take some examples.
+    @property
+    def has_modes(self) -> bool:
+        """Whether every unit has one pattern of inputs, whatever the class: one position, or a separated factor."""
+        return self.patterns is not None or (self.grads.shape[3] == 1 and not self.is_token)
 
-        Args:
-            examples: Which.
+    def modes(self) -> Float[Tensor, "examples units inputs"]:
+        """Sum the inputs over positions by each unit's pattern: the gradient of class c is `grads[:, c, :, 0]` times it.
 
         Returns:
-            Views.
+            Shape `(n, u, k)`, or `(n, 1, k)` where all units share one position.
         """
-        return OuterFactor(self.grads[examples], self.inputs[examples], self.part, self.transposed)
+        return self.inputs if self.patterns is None else self.patterns @ self.inputs
+
+    def separated(self) -> "OuterFactor":
+        """Split output gradients into class amplitudes and position patterns, where each unit's pattern is the same for all classes.
+
+        So it is in the last convolution before a pooled linear head: the class only scales what a unit's pixels receive.
+
+        Returns:
+            The same gradients, to rounding; this factor itself where classes differ in more than that.
+        """
+        if self.is_token or self.patterns is not None or self.grads.shape[3] == 1 or self.grads.shape[1] == 1:
+            return self
+        first = _separate(self.grads[:1])  # one example tells most factors that it will not work
+        found = None if first is None else _separate(self.grads)
+        return self if found is None else OuterFactor(found[0], self.inputs, self.part, self.transposed, found[1])
+
+    def joined(self) -> "OuterFactor":
+        """Undo `separated`.
+
+        Returns:
+            A factor without patterns.
+        """
+        if self.patterns is None:
+            return self
+        return OuterFactor(self.grads * self.patterns[:, None], self.inputs, self.part, self.transposed)
 
     def diagonal(self, precond: Tensor) -> Tensor:
         """Cut M for this factor out of M for the parameter.
@@ -105,6 +135,8 @@ class FactoredJacobian:
             matrix = total.view(len(total), -1)
             for factor in parts:
                 grads = torch.einsum("ic,icut->iut", scale, factor.grads)
+                if factor.patterns is not None:
+                    grads = grads * factor.patterns
                 if factor.is_token:
                     matrix.index_add_(0, factor.inputs.flatten(), grads.mT.flatten(0, 1))
                 else:
@@ -129,5 +161,25 @@ class FactoredJacobian:
             for factor in parts:
                 direction = factor.diagonal(tangents[name].to(motion))  # [units, inputs]
                 pushed = direction.T[factor.inputs] if factor.is_token else factor.inputs @ direction.T  # [examples, positions, units]
-                motion += torch.einsum("icut,itu->ic", factor.grads, pushed)
+                grads = factor.grads
+                if factor.patterns is not None:
+                    pushed = (factor.patterns * pushed.mT).sum(dim=2)[:, None]  # [examples, 1, units]
+                motion += torch.einsum("icut,itu->ic", grads, pushed)
         return motion
+
+
+def _separate(grads: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factor each unit's (classes, positions) matrix into an outer product, if it is one to rounding."""
+    by_unit = grads.transpose(1, 2)  # [examples, units, classes, positions]
+    sizes = by_unit.abs()
+    largest = sizes.flatten(2).argmax(dim=2)  # the pivot: its row and column are the factors
+    row, column = largest // grads.shape[3], largest % grads.shape[3]
+    pattern = by_unit.gather(2, row[..., None, None].expand(-1, -1, 1, grads.shape[3]))[:, :, 0]  # [examples, units, positions]
+    pivot = pattern.gather(2, column[..., None])
+    amplitudes = (
+        by_unit.gather(3, column[..., None, None].expand(-1, -1, grads.shape[1], 1)) / torch.where(pivot == 0, 1.0, pivot)[..., None]
+    )
+    gap = (by_unit - amplitudes * pattern[:, :, None]).abs_().amax(dim=(2, 3))
+    if bool((gap > ROUNDING * torch.finfo(grads.dtype).eps * pivot[..., 0].abs()).any()):
+        return None
+    return amplitudes.transpose(1, 2).contiguous(), pattern

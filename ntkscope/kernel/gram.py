@@ -16,7 +16,7 @@ from ntkscope.kernel.batch import count_examples, take, to_device
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, mirror
 from ntkscope.kernel.capture import batch_norm_statistics, full_precision, undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.model import forward_rows, working_dtype
+from ntkscope.kernel.model import forward_rows
 from ntkscope.kernel.precond import Precond, check_precond
 from ntkscope.kernel.ranks import Ranks
 from ntkscope.kernel.readout import check_kind, make_readout
@@ -133,11 +133,9 @@ def ntk_gram(
     readout = make_readout(outputs, forward_fn=forward_fn, loss=loss)
     ranks = Ranks.here(enabled=distributed)
     with full_precision(), batch_norm_statistics(model, bn, lambda: readout(model, batch)):
-        routes, coverage = probe_routes(
-            model, batch, params=None if params is None else list(params), forward_fn=readout, method=method
-        )
-        if dtype == torch.float64:
-            routes = routes.with_dtype(dtype)
+        routes, coverage = probe_routes(model, batch, params=None if params is None else list(params), forward_fn=readout, method=method)
+        if dtype is torch.float64:
+            routes = routes.with_dtype(torch.float64)
         checked = None if precond is None else check_precond(precond, routes.parameters)
         ranks.check_same_call(routes.parameters, batch, columns)
         groups = _layers(routes.parameters) if by_layer else {"": None}

@@ -14,8 +14,9 @@ from ntkscope.kernel.fallback import RowRoute, jacobian_rows
 from ntkscope.kernel.layout import Layout
 from ntkscope.kernel.model import forward_rows
 from ntkscope.kernel.rules.use import OuterUse, Use
-from ntkscope.kernel.storage import Storage, Target, num_rows, resolve
+from ntkscope.kernel.storage import Storage, num_rows, resolve
 from ntkscope.kernel.watch import Call, WeightWatch
+
 
 @dataclass(frozen=True)
 class PlannedCall:
@@ -56,6 +57,14 @@ class Routes:
             New routes.
         """
         return replace(self, dtype=dtype)
+
+    def left_to_autograd(self) -> "Routes":
+        """Differentiate every output by autograd, in all parameters, one after the other: the way through the model depends on data.
+
+        Returns:
+            New routes.
+        """
+        return replace(without(self, self.ruled), row_route="loop")
 
     @property
     def ruled_parameters(self) -> dict[str, nn.Parameter]:
@@ -179,6 +188,9 @@ class _Collector:
         Args:
             index: The class.
             grads: From `class_grads`.
+
+        Raises:
+            UnlikeProbe: If the layouts that the plan names do not fit.
         """
         for grad, call, planned in zip(grads, self.watch.calls, self.routes.plan.calls, strict=True):
             if grad is None:
@@ -249,7 +261,7 @@ class _Collector:
                 slice(start, stop),
                 transposed,
             )
-            found.setdefault(name, []).append(factor)
+            found.setdefault(name, []).append(factor.separated())
         return found
 
     def rows(self) -> dict[str, Tensor]:
@@ -266,7 +278,11 @@ class _Collector:
                 for c in range(self.num_classes):
                     # One small backward pass per output: parametrizations have no batched derivative (weight_norm, for one).
                     grads = torch.autograd.grad(
-                        weight, [parameters[name] for name in names], rows[i, c].view_as(weight).to(weight), retain_graph=True, allow_unused=True
+                        weight,
+                        [parameters[name] for name in names],
+                        rows[i, c].view_as(weight).to(weight),
+                        retain_graph=True,
+                        allow_unused=True,
                     )
                     for store, grad in zip(stores, grads, strict=True):
                         if grad is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, check_finite
 from ntkscope._types import ForwardFn
-from ntkscope.kernel.batch import count_examples
+from ntkscope.kernel.batch import count_examples, map_batch
 
 
 def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Float[Tensor, "examples classes"]:
@@ -27,7 +27,8 @@ def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = No
         InputTypeError: If the output is no tensor, or not of a floating-point type.
         InputError: If its first axis is not the examples.
     """
-    outputs = forward_fn(model, batch) if forward_fn is not None else model(batch)
+    own = map_batch(torch.clone, batch)  # an in-place first layer would write into the user's data
+    outputs = forward_fn(model, own) if forward_fn is not None else model(own)
     if not isinstance(outputs, Tensor):
         raise InputTypeError(
             f"The model must return a tensor of shape (examples, outputs), got {type(outputs).__name__}. "

@@ -144,7 +144,7 @@ class NTKOperator(LinearOperator):
         vectors = x.detach().to(self._working).reshape(len(x), -1)
         product = self._apply_trace(vectors) if self.outputs == "trace" else self._apply_full(vectors)
         check_finite("The product K v", product, "Check the vectors; if they are finite, activations overflow: use float64.")
-        return product.reshape(-1, *x.shape[1:])
+        return product.reshape(self.shape[0], *x.shape[1:])
 
     def dot(self, x: Any) -> Any:
         """Apply K (`op @ x`), or compose it with a number or another operator.

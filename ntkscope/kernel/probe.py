@@ -63,7 +63,7 @@ def choose_routes(function: RowFunction, pair: Any) -> Routes:
             gap = _disagreement(cotangents, pushed, expected)
             if gap <= _rounding(rows) ** 0.5:  # False for NaN
                 return Routes(vjp, jvp, method, "" if method == "forward" else failures["Forward-mode AD"])
-            failures[label] = f"⟨v, J t⟩ and ⟨Jᵀv, t⟩ differ by {gap:.1e} (torch.no_grad, padding_idx or random numbers inside the model?)"
+            failures[label] = f"⟨v, J t⟩ and ⟨Jᵀv, t⟩ differ by {gap:.1e} (torch.no_grad, padding_idx or random numbers in the model?)"
     raise UnsupportedError(UNSUPPORTED.format(reasons=". ".join(f"{label}: {why}" for label, why in failures.items())))
 
 

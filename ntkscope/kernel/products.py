@@ -151,7 +151,9 @@ def _push_twice(function: RowFunction, batch: Any, directions: Tangents, batched
     if not reached:
         return rows.new_zeros(num_vectors, *rows.shape)
     grads = _gradients([grad for grad, _ in reached], [cotangent], [t for _, t in reached], batched=batched)
-    return _or_zeros(grads, [cotangent], num_vectors)[0]
+    if grads[0] is None:
+        raise RuntimeError("the backward pass cannot be differentiated itself (once_differentiable?)")
+    return grads[0]
 
 
 class _Readout(nn.Module):

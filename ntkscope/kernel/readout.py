@@ -6,7 +6,7 @@ but whether classes are summed over (`trace`).
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,7 @@ def check_kind(outputs: KernelOutputs) -> int | None:
     return int(match[1])
 
 
-def make_readout(
-    outputs: KernelOutputs, *, forward_fn: ForwardFn | None = None, loss: str | LossFn | nn.Module | None = None
-) -> ForwardFn:
+def make_readout(outputs: KernelOutputs, *, forward_fn: ForwardFn | None = None, loss: str | LossFn | nn.Module | None = None) -> ForwardFn:
     """Make the function from a batch to the rows that are differentiated.
 
     Args:
@@ -67,7 +65,9 @@ def make_readout(
             rows = forward_rows(model, inputs, forward_fn)
             values = [function(rows[i : i + 1], take(targets, slice(i, i + 1))) for i in range(len(rows))]
             if any(value.numel() != 1 for value in values):
-                raise InputError(f"`loss` must return one number for a batch, got shape {tuple(values[0].shape)}. Reduce it, by mean or sum.")
+                raise InputError(
+                    f"`loss` must return one number for a batch, got shape {tuple(values[0].shape)}. Reduce it, by mean or sum."
+                )
             return torch.stack([value.reshape(()) for value in values])[:, None]
 
         return read_loss
@@ -93,4 +93,4 @@ def _loss_function(loss: object) -> LossFn:
         return NAMED_LOSSES[loss]
     if not callable(loss):
         raise InputTypeError(f"outputs='loss' needs `loss`: a name or a callable (outputs, targets) -> scalar, got {type(loss).__name__}.")
-    return loss
+    return cast("LossFn", loss)

@@ -1,5 +1,6 @@
 """Which part of a parameter a weight is, and in which form a parameter's share of the Jacobian takes less memory."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -55,9 +56,9 @@ def resolve(weight: Tensor, watch: WeightWatch, parameters: Mapping[str, nn.Para
         return Target(name, slice(0, num_rows(parameter)), transposed=False)
     if weight._base is not parameter or not parameter.is_contiguous() or parameter.ndim == 0:
         return computed
-    offset = weight.storage_offset() - parameter.storage_offset()
+    offset = int(weight.storage_offset()) - int(parameter.storage_offset())
     if weight.shape[1:] == parameter.shape[1:] and weight.stride() == parameter.stride():
-        start, rest = divmod(offset, max(1, parameter.stride(0)))
+        start, rest = divmod(offset, max(1, int(parameter.stride(0))))
         if rest == 0:
             return Target(name, slice(start, start + weight.shape[0]), transposed=False)
     if parameter.ndim == 2 and offset == 0 and weight.shape == parameter.mT.shape and weight.stride() == parameter.mT.stride():
@@ -127,4 +128,4 @@ def choose_storage(shapes: Iterable[OuterShape | None], num_params: int, num_cla
 def _overlap(parts: set[tuple[int, int]]) -> bool:
     """Say whether different parts share a row."""
     ordered = sorted(parts)
-    return any(later[0] < earlier[1] for earlier, later in zip(ordered, ordered[1:], strict=False))
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(ordered))

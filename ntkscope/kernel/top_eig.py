@@ -15,7 +15,8 @@ from ntkscope._checks import InputError, check_choice, check_number
 
 EigSolver = Literal["eigsh", "lobpcg"]
 SOLVERS: tuple[EigSolver, ...] = ("eigsh", "lobpcg")
-MAX_ITERATIONS = 500  # of LOBPCG, each one product with at most k vectors
+MAX_ITERATIONS = 200  # restarts of ARPACK, blocks of LOBPCG
+MAX_RESTARTS = 20  # of LOBPCG
 BLOCKS = 5  # LOBPCG holds three blocks of k vectors; below five scipy forms the whole matrix
 
 
@@ -48,7 +49,8 @@ def top_eigenpairs(
         k: How many. "eigsh" needs k < N, "lobpcg" 5 k <= N.
         solver: "eigsh" (ARPACK's restarted Lanczos) takes one vector at a time and needs the fewest products; "lobpcg" takes k at
             once, which costs a product little more than one.
-        tolerance: Largest residual ‖K v − λ v‖ / λ_1; 1e-8 for float64 and 1e-4 for float32 if not given.
+        tolerance: Largest residual ‖K v − λ v‖ / λ_1; 1e-8 for float64 and 1e-4 for float32 if not given; not below
+            the rounding of products, 1e-12 and 1e-5.
         seed: Of the starting vectors.
 
     Returns:
@@ -67,6 +69,7 @@ def top_eigenpairs(
     single = operator.dtype == np.float32
     tolerance = (1e-4 if single else 1e-8) if tolerance is None else tolerance
     check_number("tolerance", tolerance, low=0.0)
+    tolerance = max(tolerance, 1e-5 if single else 1e-12)  # the rounding of products
     counted = _Counted(operator)
     generator = np.random.default_rng(seed)
     solve = _solve_arpack if solver == "eigsh" else _solve_lobpcg
@@ -75,7 +78,7 @@ def top_eigenpairs(
     eigvals, eigvecs = eigvals[order], eigvecs[:, order]
     largest = eigvals[0] if eigvals[0] > 0 else 1.0
     residuals = np.linalg.norm(counted.matmat(eigvecs) - eigvecs * eigvals, axis=0) / largest
-    if not residuals.max() <= max(tolerance, 1e-5 if single else 1e-12):  # rounding of the products is no lack of convergence
+    if not residuals.max() <= tolerance:  # also NaN
         raise InputError(_not_converged(solver, int((residuals <= tolerance).sum()), k, tolerance))
     as_tensor = [torch.tensor(np.ascontiguousarray(array), dtype=torch.float64) for array in (eigvals, eigvecs, residuals)]
     return TopEigenpairs(*as_tensor, solver=solver, num_products=counted.num_products)
@@ -96,23 +99,34 @@ class _Counted(LinearOperator):
 
 def _solve_arpack(operator: LinearOperator, k: int, tolerance: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     start = generator.standard_normal(operator.shape[0])
+    if not operator.matvec(start).any():  # K = 0, which ARPACK refuses
+        return np.zeros(k), np.linalg.qr(generator.standard_normal((operator.shape[0], k)))[0]
     try:
-        return scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, tol=tolerance)  # pyright: ignore[reportArgumentType, reportReturnType]
+        return scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, tol=tolerance, maxiter=MAX_ITERATIONS)  # pyright: ignore[reportArgumentType, reportReturnType]
     except ArpackNoConvergence as error:
         raise InputError(_not_converged("eigsh", len(error.eigenvalues), k, tolerance)) from error
 
 
 def _solve_lobpcg(operator: LinearOperator, k: int, tolerance: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     start, _ = np.linalg.qr(generator.standard_normal((operator.shape[0], k)))
-    image = operator.matmat(start)
-    scale = np.linalg.norm(image, 2)  # at most λ_1: scipy's tolerance is absolute
+    image, _ = np.linalg.qr(operator.matmat(start))
+    scale = np.linalg.norm(operator.matmat(image), 2)  # at most λ_1, and close; scipy's tolerance is absolute
     if scale == 0.0:
         return np.zeros(k), start
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Exited (at iteration|postprocessing)|Failed at iteration"
-        )  # residuals are measured later
-        return scipy.sparse.linalg.lobpcg(operator, image / scale, largest=True, tol=tolerance * scale, maxiter=MAX_ITERATIONS)  # type: ignore[return-value]
+    eigvals, eigvecs = np.zeros(k), start
+    for _ in range(MAX_RESTARTS):
+        with warnings.catch_warnings():
+            # Whether it converged is seen from the residuals.
+            warnings.filterwarnings("ignore", message="Exited (at iteration|postprocessing)|Failed at iteration")
+            eigvals, eigvecs = scipy.sparse.linalg.lobpcg(  # pyright: ignore[reportAssignmentType]
+                operator, start, largest=True, tol=tolerance * scale, maxiter=MAX_ITERATIONS
+            )
+        residual = np.linalg.norm(operator.matmat(eigvecs) - eigvecs * eigvals, axis=0).max() / scale
+        if residual <= tolerance:
+            break
+        # Where the rank of K is below 3 k, residuals become linearly dependent and LOBPCG breaks down: noise gives them directions again.
+        start, _ = np.linalg.qr(eigvecs + 0.01 * residual * generator.standard_normal(eigvecs.shape))
+    return eigvals, eigvecs
 
 
 def _check_count(k: int, num_rows: int, solver: EigSolver) -> None:

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 
 from ntkscope._checks import InputError, UserError, check_number
 from ntkscope._types import ForwardFn, LossFn
-from ntkscope.kernel.batch import take
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram, push_forward
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
-from ntkscope.kernel.jacobian import Routes, compute_jacobian
+from ntkscope.kernel.jacobian import Routes
 from ntkscope.kernel.model import forward_rows, train_only_kinds
 from ntkscope.record import optimizers
 from ntkscope.record.probe import ProbeSet, make_probe
@@ -257,7 +256,10 @@ class Recorder:
             if not bool(torch.isfinite(outputs).all()):
                 raise InputError("the outputs on the probe are not finite: the run has diverged. Lower the learning rate.")
             kernel = self._kernel(state.precond, probe.inputs)
-            forcing = None if state.decay is None else self._push_forward(state.decay)
+            forcing = None
+            if state.decay is not None:
+                options = {"routes": run.routes, "coverage": run.coverage, "budget": self.budget}
+                forcing = push_forward(self.model, probe.inputs, state.decay, **options)
             query_outputs = cross = None
             if probe.query_inputs is not None:
                 with torch.no_grad():
@@ -297,16 +299,6 @@ class Recorder:
             budget=self.budget,
             progress=None,
         )
-
-    def _push_forward(self, direction: dict[str, Tensor]) -> Tensor:
-        """Compute r = J times the decay direction, in blocks that fit."""
-        assert self._run is not None
-        step = max(1, self.budget // 2 // max(1, self._run.coverage.bytes_per_example))
-        blocks = [
-            compute_jacobian(self.model, take(self.probe.inputs, slice(start, start + step)), self._run.routes).push_forward(direction)
-            for start in range(0, self.probe.num_examples, step)
-        ]
-        return torch.cat(blocks)
 
     def _proxy_kernel(self) -> Tensor:
         """Compute the kernel of a few probe examples."""

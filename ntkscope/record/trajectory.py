@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ntkscope._checks import InputError
 from ntkscope._types import ForwardFn, LossFn
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import probe_routes
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.model import forward_rows, select_parameters, train_only_kinds
 from ntkscope.record.checkpoint import find_weights, load_checkpoint, stored_learning_rate, stored_step
 from ntkscope.record.probe import ProbeSet, make_probe
@@ -87,7 +87,7 @@ def trace_from_checkpoints(
     previous: Tensor | None = None
     try:
         for done, k in enumerate(order):
-            _load_weights(model, find_weights(contents[k], files[k]), files[k])
+            load_weights(model, find_weights(contents[k], files[k]), files[k])
             time, step = moments[k]
             snapshot = _measure(model, probe, step, time, previous, DEFAULT_MEMORY if max_memory is None else max_memory)
             trace.append(snapshot)
@@ -112,8 +112,17 @@ def _moment(content: Any, path: Path, time: float | None, position: int) -> tupl
     return step * rate, step
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load weights, saying what does not fit."""
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load weights, saying what does not fit.
+
+    Args:
+        model: Any module.
+        weights: Its state dict.
+        path: Where they come from.
+
+    Raises:
+        InputError: If entries are missing, extra, or of another shape.
+    """
     expected = model.state_dict()
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     shapes = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]

@@ -4,7 +4,7 @@ A convolution is a Linear over patches, one position per output pixel. Padding m
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -54,8 +54,8 @@ class Geometry:
 class ConvUse(OuterUse):
     """`y[row, u, t] = sum over k of weight[u, k] patch[row, t, k]`."""
 
-    images: Tensor = Tensor()
-    geometry: Geometry = Geometry((), (), (), ())
+    images: Tensor = field(kw_only=True)
+    geometry: Geometry = field(kw_only=True)
     groups: int = 1
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:

@@ -1,5 +1,7 @@
-"""Tables: nn.Embedding, nn.EmbeddingBag, and a parameter indexed by tokens. The kernel counts matching tokens; no gradient is as
-wide as the vocabulary."""
+"""Tables: nn.Embedding, nn.EmbeddingBag, and a parameter indexed by tokens.
+
+The kernel is that of matching tokens; no gradient is as wide as the vocabulary.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUM_PADDED_ARGS = 9  # torch.lstm(input, hx, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first)
 
-State = tuple[Tensor, ...]  # (h,) or (h, c)
+State = Sequence[Tensor]  # (h,) or (h, c)
 Step = Callable[[Tensor, State, Sequence[Tensor | None]], State]
 
 
@@ -94,7 +94,8 @@ def recurrent(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any
         The same result, by steps.
     """
     if len(args) != NUM_PADDED_ARGS or not isinstance(args[3], bool) or (args[6] and args[5]):
-        return Seen(result := func(*args, **kwargs), result[0])
+        result: tuple[Tensor, ...] = func(*args, **kwargs)
+        return Seen(result, result[0])
     inputs, start, weights, has_biases, num_layers, _, _, bidirectional, batch_first = args
     first = start if isinstance(start, tuple | list) else (start,)
     num_directions = 2 if bidirectional else 1
@@ -114,7 +115,7 @@ def recurrent(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any
                     hidden.append(state[0])
                 outputs.append(hidden[::-1] if direction else hidden)
                 final.append(state)
-            steps = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)]
+            steps = [torch.cat(parts, dim=-1) for parts in zip(*outputs, strict=True)]
         sequence = torch.stack(steps, dim=1 if batch_first else 0)
         states = tuple(torch.stack(parts) for parts in zip(*final, strict=True))
     return Seen((sequence, *states))

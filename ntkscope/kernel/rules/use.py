@@ -1,10 +1,9 @@
 """One use of one weight in a forward pass, and what a rule returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -99,7 +98,7 @@ class OuterUse(Use):
 class LinearUse(OuterUse):
     """`y[..., u] = sum over k of weight[u, k] x[..., k]`."""
 
-    activations: Tensor = torch.empty(0)  # (..., inputs)
+    activations: Tensor = field(kw_only=True)  # (..., inputs)
     columns: bool = False  # y is [..., units, positions]: the weight stood on the left of the product
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
@@ -148,7 +147,7 @@ class TokenUse(OuterUse):
     """`y[..., t, :] = weight[token[t], :]`, times a gain where positions are summed into a bag."""
 
     transposed: bool = True
-    tokens: Int[Tensor, "..."] = torch.empty(0, dtype=torch.long)
+    tokens: Int[Tensor, "..."] = field(kw_only=True)
     gains: Float[Tensor, "bags positions"] | None = None  # bags: the output has no position axis
     ignored: int = -1  # the token that has no gradient
 
@@ -248,10 +247,8 @@ class ScaleUse(Use):
         products = grads * (multiplier.to(grads) if isinstance(multiplier, Tensor) else multiplier)
         parts = by_example(products, layout, num_examples)  # [examples, positions, the axes that are left]
         padded = self._padded(products.ndim)
-        if layout is Layout.SECOND:
-            kept = (padded[0], *padded[2:])
-        else:  # the folded axis, or the one that by_example added
-            kept = (1, *padded[1:])
+        # Without the example axis; the folded axis, or the one that by_example added, is summed over.
+        kept = (padded[0], *padded[2:]) if layout is Layout.SECOND else (1, *padded[1:])
         summed = [axis + 1 for axis, size in enumerate(kept) if size == 1]
         return (parts.sum(dim=summed) if summed else parts).reshape(num_examples, -1)
 

@@ -1,0 +1,116 @@
+"""`ntkscope check`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .failures import failures_reported
+from .options import parse_size
+
+
+def check(
+    model: Annotated[str, typer.Option(metavar="SPEC", help="Makes the model: `file.py:function` or `pkg.module:function`.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Inputs and targets: `file.py:function`, .npz, .safetensors or .pt.")],
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="A checkpoint with the weights to check the model with.")] = None,
+    outputs: Annotated[str, typer.Option(metavar="KIND", help="full, trace, sum or class=k.")] = "full",
+    weighted: Annotated[
+        bool, typer.Option("--weighted", help="Price it with an elementwise preconditioner, as Adam and gates have.")
+    ] = False,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the kernel, for example 4G; 2G if not given.")] = None,
+) -> None:
+    """Say how a model's kernel would be computed, test that on a few examples, and price it; no spectrum is computed.
+
+    Examples:
+      ntkscope check --model net.py:make --data data.py:train
+
+      ntkscope check step900.pt --model net.py:make --data digits.npz --outputs trace --max-memory 8G
+    """
+    limit = parse_size(max_memory)
+    with failures_reported():
+        from rich.console import Console
+        from rich.table import Table
+
+        import ntkscope
+        from ntkscope.record.checkpoint import find_weights, load_checkpoint
+        from ntkscope.record.spec import load_data, load_model
+        from ntkscope.record.trajectory import load_weights
+
+        network = load_model(model)
+        inputs, _ = load_data(data)
+        if path is not None:
+            load_weights(network, find_weights(load_checkpoint(path), path), path)
+        price, coverage = ntkscope.price_gram(network, inputs, outputs=outputs, weighted=weighted, max_memory=limit)
+
+        console = Console(highlight=False)
+        table = Table("parameter", "shape", "route", box=None, pad_edge=False)
+        for name, parameter in network.named_parameters():
+            shape = " x ".join(map(str, parameter.shape)) or "1"
+            route = coverage.routes.get(name)
+            if route is None:
+                table.add_row(name, shape, f"excluded: {coverage.excluded[name]}" if name in coverage.excluded else "tied")
+            else:
+                table.add_row(name, shape, route + (f": {coverage.reasons[name]}" if name in coverage.reasons else ""))
+        console.print(table)
+        left = sum(route in ("torch.func", "loop") for route in coverage.routes.values())
+        console.print(
+            f"\nCoverage: {len(coverage.routes) - left} parameters by rules, {left} by autograd, {len(coverage.excluded)} excluded."
+        )
+        console.print("Probe: the Jacobian of four examples agrees with autograd in every parameter.")
+        console.print(describe_price(price), soft_wrap=True, markup=False)
+
+
+def describe_price(price: object) -> str:
+    """Put a price into sentences.
+
+    Args:
+        price: From `ntkscope.price_gram`.
+
+    Returns:
+        A few lines.
+    """
+    from ntkscope.kernel.price import Price
+
+    assert isinstance(price, Price)
+    lines = [
+        f"Price of the {price.outputs} kernel: {price.num_outputs:,} x {price.num_outputs:,} ({size(price.result_bytes)}) from "
+        f"{price.num_examples:,} examples and {price.num_params:,} parameters; about {seconds(price.seconds)}, "
+        f"peak memory about {size(price.peak_bytes)}, {price.num_blocks} block{'s' if price.num_blocks > 1 else ''}, "
+        f"{price.multiply_adds:.1e} multiply-adds, {price.num_passes:,} backward passes of one example."
+    ]
+    if price.is_bound_by_products:
+        lines.append(
+            f"{price.product_share:.0%} of the multiply-adds are products of weight gradients, outputs² x parameters: "
+            "the exact kernel costs that much."
+        )
+    if price.alternatives:
+        lines.append("Cheaper: " + "; ".join(f"{a.name} about {seconds(a.seconds)}, {size(a.bytes)}" for a in price.alternatives) + ".")
+    return "\n".join(lines)
+
+
+def size(num_bytes: float) -> str:
+    """Write bytes with a unit.
+
+    Args:
+        num_bytes: Bytes.
+
+    Returns:
+        Text.
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} GiB"
+
+
+def seconds(value: float) -> str:
+    """Write a duration.
+
+    Args:
+        value: Seconds.
+
+    Returns:
+        Text.
+    """
+    return f"{value:.2g} s" if value < 120 else f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
