@@ -170,16 +170,13 @@ class FactoredJacobian:
 
 def _separate(grads: Tensor) -> tuple[Tensor, Tensor] | None:
     """Factor each unit's (classes, positions) matrix into an outer product, if it is one to rounding."""
-    by_unit = grads.transpose(1, 2)  # [examples, units, classes, positions]
-    sizes = by_unit.abs()
-    largest = sizes.flatten(2).argmax(dim=2)  # the pivot: its row and column are the factors
-    row, column = largest // grads.shape[3], largest % grads.shape[3]
-    pattern = by_unit.gather(2, row[..., None, None].expand(-1, -1, 1, grads.shape[3]))[:, :, 0]  # [examples, units, positions]
-    pivot = pattern.gather(2, column[..., None])
-    amplitudes = (
-        by_unit.gather(3, column[..., None, None].expand(-1, -1, grads.shape[1], 1)) / torch.where(pivot == 0, 1.0, pivot)[..., None]
-    )
-    gap = (by_unit - amplitudes * pattern[:, :, None]).abs_().amax(dim=(2, 3))
-    if bool((gap > ROUNDING * torch.finfo(grads.dtype).eps * pivot[..., 0].abs()).any()):
+    # The pivot of each example's unit: its strongest class and, there, the strongest position. Their row and column are the factors.
+    row = grads.abs().amax(dim=3).argmax(dim=1)  # [examples, units]
+    pattern = grads.gather(1, row[:, None, :, None].expand(-1, -1, -1, grads.shape[3]))  # [examples, 1, units, positions]
+    column = pattern.abs().argmax(dim=3, keepdim=True)
+    pivot = pattern.gather(3, column)
+    amplitudes = grads.gather(3, column.expand(-1, grads.shape[1], -1, -1)) / torch.where(pivot == 0, 1.0, pivot)
+    gap = torch.addcmul(grads, amplitudes, pattern, value=-1).abs_().amax(dim=(1, 3))
+    if bool((gap > ROUNDING * torch.finfo(grads.dtype).eps * pivot[:, 0, :, 0].abs()).any()):
         return None
-    return amplitudes.transpose(1, 2).contiguous(), pattern
+    return amplitudes, pattern[:, 0]

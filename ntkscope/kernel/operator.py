@@ -66,7 +66,7 @@ class NTKOperator(LinearOperator):
         tensor([1., 2.])
 
     Source:
-        theory.md section 1. Products as in Novak et al. 2022, section 3.3 (NTK-vector products).
+        theory.md section 1. NTK-vector products as in Novak et al. 2022, Fast Finite Width Neural Tangent Kernel.
     """
 
     def __init__(
