@@ -75,6 +75,8 @@ def test_tiles_are_dealt_evenly_and_all_of_them():
     tiles = tuple(Tile(rows, columns, rows == columns) for rows in blocks for columns in blocks if columns.start <= rows.start)
     for num_parts in (1, 2, 3, 5):
         parts = [deal(tiles, (index, num_parts)) for index in range(num_parts)]
-        assert sorted((t.rows.start, t.columns.start) for part in parts for t in part) == sorted((t.rows.start, t.columns.start) for t in tiles)
+        assert sorted((t.rows.start, t.columns.start) for part in parts for t in part) == sorted(
+            (t.rows.start, t.columns.start) for t in tiles
+        )
         loads = [sum(0.5 if tile.is_diagonal else 1.0 for tile in part) for part in parts]
         assert max(loads) - min(loads) <= 1.0

@@ -18,11 +18,14 @@ from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.contract import contract
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.factor import FactoredJacobian
-from ntkscope.kernel.jacobian import Routes, UnlikeProbe, compute_jacobian
+from ntkscope.kernel.jacobian import compute_jacobian
 from ntkscope.kernel.precond import Precond
+from ntkscope.kernel.routes import Routes, UnlikeProbe
 
 DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
-LARGEST_CHUNK = 2**26  # bytes: longer chunks make no product faster, see benchmarks/RESULTS.md
+PART_BYTES = 2**24  # of activations: more at once make no backward pass faster,
+PART_EXAMPLES = 32  # unless they are few examples
+LARGEST_CHUNK = 2**25  # bytes: longer chunks make no product faster, see benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,21 @@ def blockwise_grams(
         # Allocated anew after a failed try: it may have added up some tiles.
         totals = {name: torch.zeros(num_rows * width, columns * width, dtype=accumulate, device=device) for name in groups}
         try:
-            _fill(totals, model, inputs, other, routes, tiling, part, trace, precond, progress, groups, width)
+            _fill(
+                totals,
+                model,
+                inputs,
+                other,
+                routes,
+                tiling,
+                part,
+                trace,
+                precond,
+                progress,
+                groups,
+                width,
+                coverage.working_bytes_per_example,
+            )
             break
         except UnlikeProbe:
             # Data-dependent models: what the probe learned on two examples does not hold for all, so autograd takes over.
@@ -223,11 +240,12 @@ def _fill(
     progress: Callable[[int, int], None] | None,
     groups: Mapping[str, frozenset[str] | None],
     width: int,
+    working_bytes: int,
 ) -> None:
     """Compute the tiles of one part."""
     tiles = deal(tiling.tiles, part)
     source = inputs if other is None else other
-    cache = _Jacobians(model, routes, keep_all=part[1] > 1 and tiling.is_whole)
+    cache = _Jacobians(model, routes, working_bytes, keep_all=part[1] > 1 and tiling.is_whole)
     for done, tile in enumerate(tiles):
         left = cache.rows(inputs, tile.rows)
         right = left if tile.is_diagonal else cache.columns(source, tile.columns, is_same_batch=other is None)
@@ -241,8 +259,8 @@ def _fill(
 class _Jacobians:
     """Computes Jacobians of blocks, and holds the rows' block; all blocks where several processes share a kernel that fits."""
 
-    def __init__(self, model: nn.Module, routes: Routes, *, keep_all: bool) -> None:
-        self._model, self._routes, self._keep_all = model, routes, keep_all
+    def __init__(self, model: nn.Module, routes: Routes, working_bytes: int, *, keep_all: bool) -> None:
+        self._model, self._routes, self._working_bytes, self._keep_all = model, routes, working_bytes, keep_all
         self._held: dict[tuple[int, int, bool], FactoredJacobian] = {}  # start, stop, whether of another batch
 
     def rows(self, batch: Any, examples: slice) -> FactoredJacobian:
@@ -259,7 +277,7 @@ class _Jacobians:
         if key not in self._held:
             if not self._keep_all:
                 self._held.clear()
-            self._held[key] = compute_jacobian(self._model, take(batch, examples), self._routes)
+            self._held[key] = self._compute(batch, examples)
         return self._held[key]
 
     def columns(self, batch: Any, examples: slice, *, is_same_batch: bool) -> FactoredJacobian:
@@ -276,10 +294,15 @@ class _Jacobians:
         key = (examples.start, examples.stop, not is_same_batch)
         if key in self._held:
             return self._held[key]
-        found = compute_jacobian(self._model, take(batch, examples), self._routes)
+        found = self._compute(batch, examples)
         if self._keep_all:
             self._held[key] = found
         return found
+
+    def _compute(self, batch: Any, examples: slice) -> FactoredJacobian:
+        num = examples.stop - examples.start
+        num_parts = max(1, min(-(-num * self._working_bytes // PART_BYTES), num // PART_EXAMPLES))
+        return compute_jacobian(self._model, take(batch, examples), self._routes, num_parts=num_parts)
 
 
 def push_forward(

@@ -23,7 +23,11 @@ from ntkscope.kernel.cost import cheapest
 from ntkscope.kernel.factor import FactoredJacobian, OuterFactor
 from ntkscope.kernel.precond import Precond
 
-ROW_BLOCKS = 8  # of a symmetric product: 9/16 of the multiplications instead of all
+ROW_BLOCKS = 8  # of columns, of a symmetric product: 9/16 of the multiplications instead of all
+SMALLEST_BLOCK = 80  # columns: matrix products with fewer are slow
+CACHE_BYTES = 2**23  # what is formed and multiplied at once stays in cache, and malloc reuses it instead of asking the system
+
+LARGEST_SUM = 2**17  # columns added up in the factors' precision
 
 
 def contract(
@@ -142,12 +146,14 @@ def _add_tied(total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tenso
 def _add_rows(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
     """Multiply plain gradient rows, in chunks of columns."""
     width = left.shape[2]
-    step = max(1, chunk_bytes // (2 * (left.shape[:2].numel() + right.shape[:2].numel()) * left.element_size()))
     flat = scale.flatten() if isinstance(scale, Tensor) else None
+    # Views need no chunks, but a weighted copy does.
+    step = width if flat is None else max(1, min(chunk_bytes, CACHE_BYTES) // (left.shape[:2].numel() * left.element_size()))
+    products = _Products(total, left, right, 1.0 if isinstance(scale, Tensor) else scale, trace, is_same)
     for columns in _slices(width, step):
         first = left[:, :, columns]
-        weighted = first if flat is None else first * flat[columns]
-        _add_product(total, _flat(weighted, trace), _flat(right[:, :, columns], trace), 1.0 if flat is not None else float(scale), is_same)
+        products.add(first if flat is None else first * flat[columns], right[:, :, columns])
+    products.finish()
 
 
 def _add_gradients(
@@ -155,16 +161,53 @@ def _add_gradients(
 ) -> None:
     """Form per-output weight gradients, a chunk of columns at a time, weighted by M."""
     num_inputs, num_units = left.inputs.shape[2], left.grads.shape[2]
-    num_rows = left.grads.shape[:2].numel() + (0 if is_same else right.grads.shape[:2].numel())
-    is_weighted = isinstance(weight, Tensor)
-    columns = max(1, chunk_bytes // ((num_rows + (left.grads.shape[:2].numel() if is_weighted else 0)) * left.grads.element_size()))
+    num_rows = left.grads.shape[:2].numel() * (2 if isinstance(weight, Tensor) else 1)
+    num_rows += 0 if is_same else right.grads.shape[:2].numel()
+    columns = max(1, min(chunk_bytes, CACHE_BYTES) // (num_rows * left.grads.element_size()))
     units_step, inputs_step = max(1, columns // num_inputs), min(num_inputs, columns)
+    products = _Products(total, left.grads, right.grads, 1.0 if isinstance(weight, Tensor) else weight, trace, is_same)
     for units in _slices(num_units, units_step):
         for inputs in _slices(num_inputs, inputs_step):
             first = _weight_gradients(left, units, inputs)
             second = first if is_same else _weight_gradients(right, units, inputs)
-            weighted = first * weight[units, inputs].flatten() if isinstance(weight, Tensor) else first
-            _add_product(total, _flat(weighted, trace), _flat(second, trace), 1.0 if isinstance(weight, Tensor) else weight, is_same)
+            products.add(first * weight[units, inputs].flatten() if isinstance(weight, Tensor) else first, second)
+    products.finish()
+
+
+class _Products:
+    """Adds up scale * left @ rightᵀ over chunks of columns; only the blocks on and below the diagonal where both sides are one block.
+
+    Chunks are added inside the matrix product, in the factors' precision, and go to `total`, of higher precision, now and then.
+    """
+
+    def __init__(self, total: Tensor, left: Tensor, right: Tensor, scale: float, trace: bool, is_same: bool) -> None:
+        self._total, self._scale, self._trace = total, scale, trace
+        self._sum = left.new_zeros(total.shape)
+        num_blocks = min(ROW_BLOCKS, -(-len(self._sum) // SMALLEST_BLOCK)) if is_same else 1
+        columns = _slices(self._sum.shape[1], -(-self._sum.shape[1] // num_blocks))
+        self._blocks = [(block.start if is_same else 0, block) for block in columns]  # first row, columns
+        self._num_columns = 0
+
+    def add(self, left: Float[Tensor, "examples classes columns"], right: Float[Tensor, "examples2 classes columns"]) -> None:
+        """Add a chunk.
+
+        Args:
+            left: Gradients of the rows' outputs.
+            right: Gradients of the columns' outputs.
+        """
+        first, second = _flat(left, self._trace), _flat(right, self._trace)
+        if self._num_columns + first.shape[1] > LARGEST_SUM and self._num_columns:
+            self.finish()
+        self._num_columns += first.shape[1]
+        for start, columns in self._blocks:
+            self._sum[start:, columns].addmm_(first[start:], second[columns].T)
+
+    def finish(self) -> None:
+        """Add what there is to the total, and begin anew."""
+        for start, columns in self._blocks:
+            self._total[start:, columns].add_(self._sum[start:, columns], alpha=self._scale)
+        self._sum.zero_()
+        self._num_columns = 0
 
 
 def _weight_gradients(factor: OuterFactor, units: slice, inputs: slice) -> Float[Tensor, "examples classes columns"]:
@@ -177,15 +220,6 @@ def _weight_gradients(factor: OuterFactor, units: slice, inputs: slice) -> Float
 def _flat(gradients: Float[Tensor, "examples classes columns"], trace: bool) -> Tensor:
     """View gradients as matrix rows: one per output, or one per example (whose products sum over classes: the trace)."""
     return gradients.flatten(1) if trace else gradients.flatten(0, 1)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, is_same: bool) -> None:
-    """Add scale * left @ rightᵀ; only the blocks on and below the diagonal where both sides are one block of examples."""
-    num_blocks = min(ROW_BLOCKS, -(-len(left) // 64)) if is_same else 1
-    for rows in _slices(len(left), -(-len(left) // num_blocks)):
-        stop = rows.stop if is_same else len(right)
-        product = left[rows] @ right[:stop].T
-        total[rows, :stop] += product if scale == 1.0 else product.mul_(scale)
 
 
 def _add_grams(total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
@@ -208,22 +242,23 @@ def _add_positions(
     total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool
 ) -> None:
     """Many positions, M = I: a aᵀ' of one example with all others, then its output gradients, then theirs; no weight gradient is formed."""
-    n, num_classes, num_units, positions = left.grads.shape
+    n, num_classes, num_units, _ = left.grads.shape
     others, other_positions = right.inputs.shape[:2]
-    d = left.grads.permute(0, 3, 2, 1).reshape(n, positions, num_units * num_classes)
-    order = (0, 3, 2, 1) if trace else (0, 1, 3, 2)
-    e = right.grads.permute(order).reshape(others, *((1,) if trace else (num_classes,)), -1)
+    d = left.grads.permute(0, 1, 3, 2).contiguous()  # [examples, classes, positions, units]
+    e = right.grads.permute(0, 1, 3, 2).flatten(2)  # [examples', classes', positions' units]
     per_other = other_positions * num_units * num_classes * left.grads.element_size()
-    step = max(1, chunk_bytes // (2 * per_other))
+    step = max(1, min(chunk_bytes, CACHE_BYTES) // (2 * per_other))
+    width = 1 if trace else num_classes
     for i in range(n):
         for columns in _slices(i + 1 if is_same else others, step):
             inner = right.inputs[columns].flatten(0, 1) @ left.inputs[i].T  # [examples' positions', positions]
-            pushed = inner @ d[i]  # [examples' positions', units classes]
-            last = 1 if trace else num_classes
-            block = e[columns] @ pushed.view(columns.stop - columns.start, -1, last)  # [examples', classes', classes]
-            where = (slice(i * last, (i + 1) * last), slice(columns.start * last, columns.stop * last))
-            flat = block.permute(2, 0, 1).reshape(last, -1)
-            total[where] += flat if scale == 1.0 else scale * flat
+            pushed = torch.bmm(inner.expand(num_classes, -1, -1), d[i])  # [classes, examples' positions', units]
+            by_other = pushed.view(num_classes, columns.stop - columns.start, -1).transpose(0, 1)
+            if trace:
+                block = torch.einsum("jcl,jcl->j", by_other, e[columns])[None]
+            else:
+                block = (by_other @ e[columns].mT).transpose(0, 1).flatten(1)  # [classes, examples' classes']
+            total[i * width : (i + 1) * width, columns.start * width : columns.stop * width].add_(block, alpha=scale)
 
 
 def _add_modes(
@@ -243,7 +278,7 @@ def _add_modes(
         one_product = len(first) == 1  # large, instead of one small product per unit
         grams = (weighted.reshape(-1, weighted.shape[2]) @ first[0].T).view(-1, others, n) if one_product else weighted @ first.mT
         per_row = 2 * grams.shape[0] * others * num_classes * itemsize
-        for rows, stop in _row_chunks(n, others, max(1, chunk_bytes // per_row), is_same):
+        for rows, stop in _row_chunks(n, others, max(1, min(chunk_bytes, CACHE_BYTES) // per_row), is_same):
             inner = grams[:, :stop, rows].permute(2, 0, 1)  # [rows, units, examples']
             if trace:
                 both = torch.einsum("icu,ujc->iuj", d[rows][:, :, units], e[units, :stop])

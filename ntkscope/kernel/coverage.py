@@ -5,7 +5,7 @@ goes to autograd, and the report says why. The whole is then compared once more:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from ntkscope._checks import InputError, UnsupportedError, UserError, check_fini
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
+from ntkscope.kernel.factor import FactoredJacobian
 from ntkscope.kernel.fallback import RowRoute, jacobian_rows
-from ntkscope.kernel.jacobian import Plan, PlannedCall, Routes, UnlikeProbe, class_grads, compute_jacobian, watched_forward, without
+from ntkscope.kernel.jacobian import class_grads, compute_jacobian, watched_forward
 from ntkscope.kernel.layout import Layout, by_example, possible_layouts
 from ntkscope.kernel.model import forward_rows, select_parameters, working_dtype
-from ntkscope.kernel.storage import OuterShape, choose_storage, outer_shape, resolve
+from ntkscope.kernel.routes import Plan, PlannedCall, Routes, UnlikeProbe, without
+from ntkscope.kernel.storage import OuterShape, Storage, choose_storage, outer_shape, resolve
 from ntkscope.kernel.watch import Call, WeightWatch
 
 HIDDEN_USE = "its rule does not account for the whole gradient (a use that torch functions do not show: TorchScript, a custom Function?)"
@@ -105,18 +107,19 @@ def probe_routes(
         ruled = frozenset(parameters) if method == "auto" else frozenset()
         reasons = {} if method == "auto" else dict.fromkeys(parameters, "method='autograd' was asked for")
         routes = Routes(parameters, ruled, Plan(), "loop", forward_fn, working_dtype(parameters))
-        shares: dict[str, Share] = {}
-        names: dict[str, str] = {}
+        tried = _Tried(routes)
         while routes.ruled:
-            failed, planned, shares, names = _try_rules(model, pair, four, routes, truth)
-            if not failed:
-                routes = planned
+            tried = _try_rules(model, pair, four, routes, truth)
+            if not tried.failed:
                 break
-            reasons |= failed
-            routes = without(routes, frozenset(failed))
-        routes = replace(routes, row_route=_row_route(model, pair, routes))
+            reasons |= tried.failed
+            routes = without(routes, frozenset(tried.failed))
+            tried = _Tried(routes)
+        routes, shares, names, jacobian = tried.routes, tried.shares, tried.names, tried.jacobian
+        if jacobian is None or routes.row_parameters:
+            routes = replace(routes, row_route=_row_route(model, pair, routes))
+            jacobian = compute_jacobian(model, four, routes)
         saved = _saved_bytes(model, four, routes)
-        jacobian = compute_jacobian(model, four, routes)
         _check_whole(jacobian.pull_back(truth.weights), truth)
     idle = {name: "it does not reach the output (on the probe)" for name in parameters if truth.is_idle(name)}
     for name in routes.row_parameters:
@@ -209,13 +212,22 @@ def _check_rows_are_functions(model: nn.Module, pair: Any, outputs: Tensor, forw
         )
 
 
-def _try_rules(
-    model: nn.Module, pair: Any, four: Any, routes: Routes, truth: _Truth
-) -> tuple[dict[str, str], Routes, dict[str, Share], dict[str, str]]:
+@dataclass(frozen=True)
+class _Tried:
+    """What came of watching the probe: parameters that failed with their reasons, or if none did a plan and what was measured."""
+
+    routes: Routes
+    failed: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    jacobian: FactoredJacobian | None = None  # of four examples, in the parameters under rules
+
+
+def _try_rules(model: nn.Module, pair: Any, four: Any, routes: Routes, truth: _Truth) -> _Tried:
     """Watch the pair, plan, and compare with autograd on four examples.
 
     Returns:
-        Parameters that failed with their reasons; if none did, the planned routes, sizes and names of the routes.
+        What came of it.
 
     Raises:
         UserError: If the input is at fault.
@@ -223,29 +235,28 @@ def _try_rules(
     try:
         outputs, watch = watched_forward(model, pair, routes, None)
         if watch.refused:
-            return watch.refused, routes, {}, {}
+            return _Tried(routes, watch.refused)
         layouts, mixed = _find_layouts(outputs, watch)
-        failed = {name: NO_LAYOUT for call in mixed for use in call.uses for name in watch.roots(use.weight)}
-        if failed:
-            return failed, routes, {}, {}
+        if mixed:
+            return _Tried(routes, {name: NO_LAYOUT for call in mixed for use in call.uses for name in watch.roots(use.weight)})
         calls = tuple(PlannedCall(call.name, layout, len(call.uses)) for call, layout in zip(watch.calls, layouts, strict=True))
         shares, names = _measure_shares(calls, watch, routes, outputs.shape[1])
         hidden = {name: HIDDEN_USE for name in routes.ruled if name not in shares and not truth.accepts(name, None)}
         if hidden:
-            return hidden, routes, {}, {}
-        storage = {name: "factors" if share.factors else "rows" for name, share in shares.items()}
-        planned = replace(routes, plan=Plan(calls, tuple(watch.decisions), storage))  # pyright: ignore[reportArgumentType]
-        ruled_only = replace(planned, parameters=planned.ruled_parameters)
-        pulled = compute_jacobian(model, four, ruled_only).pull_back(truth.weights)
+            return _Tried(routes, hidden)
+        storage: dict[str, Storage] = {name: "factors" if share.factors else "rows" for name, share in shares.items()}
+        planned = replace(routes, plan=Plan(calls, tuple(watch.decisions), storage))
+        jacobian = compute_jacobian(model, four, replace(planned, parameters=planned.ruled_parameters))
+        pulled = jacobian.pull_back(truth.weights)
     except UserError:
         raise
     except UnlikeProbe as error:
-        return dict.fromkeys(routes.ruled, str(error)), routes, {}, {}
+        return _Tried(routes, dict.fromkeys(routes.ruled, str(error)))
     except Exception as error:
         # Whatever the model does that the watch does not understand, autograd can still differentiate it.
-        return dict.fromkeys(routes.ruled, f"watching the forward pass failed: {type(error).__name__}: {error}"), routes, {}, {}
+        return _Tried(routes, dict.fromkeys(routes.ruled, f"watching the forward pass failed: {type(error).__name__}: {error}"))
     differing = {name: HIDDEN_USE for name in routes.ruled if not truth.accepts(name, pulled.get(name))}
-    return differing, planned, shares, names
+    return _Tried(planned, differing, shares, names, jacobian)
 
 
 def _find_layouts(outputs: Tensor, watch: WeightWatch) -> tuple[list[Layout | None], list[Call]]:

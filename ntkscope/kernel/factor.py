@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ROUNDING = 16  # times eps: by how much classes may differ in the pattern of one unit and still be taken to share it
+SEPARATED_AT_ONCE = 8  # examples, whose temporaries fit in cache
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ class OuterFactor:
         """
         if self.is_token or self.patterns is not None or self.grads.shape[3] == 1 or self.grads.shape[1] == 1:
             return self
-        first = _separate(self.grads[:1])  # one example tells most factors that it will not work
-        found = None if first is None else _separate(self.grads)
-        return self if found is None else OuterFactor(found[0], self.inputs, self.part, self.transposed, found[1])
+        parts = []
+        for examples in self.grads.split(SEPARATED_AT_ONCE):
+            found = _separate(examples)
+            if found is None:  # most factors say so at once
+                return self
+            parts.append(found)
+        amplitudes, patterns = (torch.cat(both) for both in zip(*parts, strict=True))
+        return OuterFactor(amplitudes, self.inputs, self.part, self.transposed, patterns)
 
     def joined(self) -> "OuterFactor":
         """Undo `separated`.

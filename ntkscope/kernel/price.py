@@ -16,8 +16,9 @@ from ntkscope.kernel.capture import full_precision, undisturbed
 from ntkscope.kernel.contract import contract
 from ntkscope.kernel.cost import costs
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.jacobian import UnlikeProbe, compute_jacobian
+from ntkscope.kernel.jacobian import compute_jacobian
 from ntkscope.kernel.readout import make_readout
+from ntkscope.kernel.routes import UnlikeProbe
 
 BLOCK_EXAMPLES = 16  # measured; fewer tell little of a job of hundreds
 BOUND_SHARE = 0.5  # of the multiply-adds: above it the job is called bound by N² p

@@ -17,8 +17,8 @@ from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram, push_forward
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.jacobian import Routes
 from ntkscope.kernel.model import forward_rows, train_only_kinds
+from ntkscope.kernel.routes import Routes
 from ntkscope.record import optimizers
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.schedule import Schedule, check_schedule, next_step
