@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from benchmarks.kernel_cases import BY_NAME, Case, first, prepare, read_kind
 
 ROOT = Path(__file__).parent.parent
@@ -143,29 +141,6 @@ def measure_side(case: Case, side: str, num_examples: int | None = None) -> Usag
     words = done.stdout.split()
     values = dict(zip(words[::2], words[1::2], strict=True))
     return Usage(int(values["before"]), int(values["peak"]), float(values["seconds"]))
-
-
-def matmul_rate(rows: int, columns_per_chunk: int, cols: int, *, repeats: int = 3) -> float:
-    """Measure a plain float32 matrix product of torch.
-
-    Args:
-        rows: N.
-        columns_per_chunk: k, the length that is summed over.
-        cols: N'.
-        repeats: Calls; the median counts.
-
-    Returns:
-        GFLOP/s of (N, k) times (k, N').
-    """
-    left, right = torch.randn(rows, columns_per_chunk), torch.randn(cols, columns_per_chunk)
-    left @ right.T
-    (seconds,) = time_alternating([lambda: left @ right.T], repeats)
-    return achieved_rate(2 * rows * columns_per_chunk * cols, seconds)
-
-
-def achieved_rate(flops: float, seconds: float) -> float:
-    """Convert floating-point operations in some seconds to GFLOP/s."""
-    return flops / seconds / 1e9
 
 
 def main() -> None:

@@ -46,4 +46,5 @@ def main() -> None:
         os._exit(4)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.kernel_cases import BY_NAME, CASES, contract_jacobian, random_precond, read_kind
-from benchmarks.measure import ROOT, STATUS, achieved_rate, measure_side, time_sides
+from benchmarks.kernel_rate import achieved_rate, matmul_rate, time_dominant_contraction
+from benchmarks.measure import ROOT, STATUS, measure_side, time_sides
 
 TIMED = [case for case in CASES if case.asked_speed is not None]
 COMPARED = [case for case in CASES if case.asked_share is not None]
@@ -67,6 +68,14 @@ def test_disagreeing_sides_are_refused(monkeypatch):
     monkeypatch.setattr("benchmarks.kernel_cases.contract_jacobian", lambda *_: torch.eye(80))
     with pytest.raises(ArithmeticError, match="'mlp' disagree"):
         time_sides(BY_NAME["mlp"], repeats=1, num_warm_up=8)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rate], ids=lambda case: case.name)
+def test_contraction_reaches_half_of_the_rate_asked(case):
+    name, flops, seconds = time_dominant_contraction(case)
+    rows = case.num_examples * 10
+    plain = matmul_rate(rows, case.make(2)[0].get_parameter(name).numel(), rows)
+    assert achieved_rate(flops, seconds) >= 0.3 * plain
 
 
 def test_rate_is_per_second():

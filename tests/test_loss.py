@@ -7,7 +7,8 @@ from oracles import loss_gradient, loss_hessian_blocks
 from torch import nn
 
 import ntkscope
-from ntkscope.dynamics.loss import bind_loss, squared
+from ntkscope._losses import squared
+from ntkscope.dynamics.loss import bind_loss
 
 torch.manual_seed(0)
 OUTPUTS = torch.randn(4, 3, dtype=torch.float64)

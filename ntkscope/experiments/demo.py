@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError, check_choice, check_number
-from ntkscope.dynamics.loss import NAMED_LOSSES
+from ntkscope._losses import NAMED_LOSSES
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.record.recorder import Recorder
 

@@ -1,6 +1,9 @@
 """What a contraction costs, in multiply-adds."""
 
+from collections.abc import Iterator
 from typing import Literal
+
+from ntkscope.kernel.coverage import Coverage
 
 Way = Literal["grams", "modes", "positions", "gradients"]
 
@@ -64,3 +67,39 @@ def cheapest(**sizes: int | bool) -> Way:
     """
     found = costs(**sizes)  # pyright: ignore[reportArgumentType]
     return min(found, key=found.__getitem__)
+
+
+def contractions(
+    coverage: Coverage, *, num_rows: int, num_columns: int, is_weighted: bool, is_trace: bool
+) -> Iterator[tuple[str, Way, float]]:
+    """Say how every parameter of a model is contracted, and what that costs.
+
+    Args:
+        coverage: From `probe_routes`.
+        num_rows: n.
+        num_columns: n'.
+        is_weighted: Whether M is elementwise.
+        is_trace: Whether classes are summed over.
+
+    Yields:
+        Parameter, way and multiply-adds, for each of its factors; parameters kept as rows are products of "gradients".
+    """
+    pairs = num_rows * num_columns * (coverage.num_classes if is_trace else coverage.num_classes**2)
+    for name, share in coverage.shares.items():
+        if not share.factors:
+            yield name, "gradients", float(pairs * share.num_params)
+        for shape in share.factors:
+            shared = min(shape.inputs, (num_rows + num_columns) * shape.positions) if shape.is_token else shape.inputs
+            found = costs(
+                num_rows=num_rows,
+                num_columns=num_columns,
+                num_classes=coverage.num_classes,
+                units=shape.units,
+                inputs=shared,
+                positions=shape.positions,
+                has_modes=share.is_separated or (shape.positions == 1 and not shape.is_token),
+                is_weighted=is_weighted,
+                is_trace=is_trace,
+            )
+            way = min(found, key=found.__getitem__)
+            yield name, way, found[way]

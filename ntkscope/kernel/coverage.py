@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UnsupportedError, UserError, check_finite
+from ntkscope._checks import InputError, UserError, check_finite
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
@@ -21,6 +21,7 @@ from ntkscope.kernel.jacobian import class_grads, compute_jacobian, watched_forw
 from ntkscope.kernel.layout import Layout, by_example, possible_layouts
 from ntkscope.kernel.model import forward_rows, select_parameters, working_dtype
 from ntkscope.kernel.routes import Plan, PlannedCall, Routes, UnlikeProbe, without
+from ntkscope.kernel.rows import check_rows_are_functions, saved_bytes
 from ntkscope.kernel.storage import OuterShape, Storage, choose_storage, outer_shape, resolve
 from ntkscope.kernel.watch import Call, WeightWatch
 
@@ -35,10 +36,12 @@ class Share:
     Attributes:
         num_params: Entries of the parameter.
         factors: Sizes of its factors; empty where it is kept as rows.
+        is_separated: Whether its factors separate into class amplitudes and patterns (`OuterFactor.separated`), on the probe.
     """
 
     num_params: int
     factors: tuple[OuterShape, ...] = ()
+    is_separated: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,14 @@ def probe_routes(
     pair = take(inputs, torch.tensor([0, last]))
     # Planned on a pair, verified on four: another number, and out of order, for models that sort or route their examples.
     four = take(inputs, torch.tensor([last, last // 3, 0, 2 * last // 3]))
+
+    def run(batch: Any) -> Tensor:
+        return forward_rows(model, batch, forward_fn)
+
     with undisturbed(model):
-        outputs = forward_rows(model, pair, forward_fn)
-        if not outputs.requires_grad:
-            raise UnsupportedError(
-                "The model's output depends on none of its trained parameters (a torch.no_grad or detach inside the model?), "
-                "so its tangent kernel is zero. Check the forward pass."
-            )
-        _check_rows_are_functions(model, pair, outputs, forward_fn)
-        truth = _Truth(forward_rows(model, four, forward_fn), parameters)
+        outputs = run(pair)
+        check_rows_are_functions(model, pair, outputs, run)
+        truth = _Truth(run(four), parameters)
         ruled = frozenset(parameters) if method == "auto" else frozenset()
         reasons = {} if method == "auto" else dict.fromkeys(parameters, "method='autograd' was asked for")
         routes = Routes(parameters, ruled, Plan(), "loop", forward_fn, working_dtype(parameters))
@@ -119,12 +121,14 @@ def probe_routes(
         if jacobian is None or routes.row_parameters:
             routes = replace(routes, row_route=_row_route(model, pair, routes))
             jacobian = compute_jacobian(model, four, routes)
-        saved = _saved_bytes(model, four, routes)
+        working = saved_bytes(model, four, run)
         _check_whole(jacobian.pull_back(truth.weights), truth)
     idle = {name: "it does not reach the output (on the probe)" for name in parameters if truth.is_idle(name)}
     for name in routes.row_parameters:
         names[name] = routes.row_route
         shares[name] = Share(parameters[name].numel())
+    for name, parts in jacobian.factors.items():
+        shares[name] = replace(shares[name], is_separated=all(part.patterns is not None for part in parts))
     per_example = -(-jacobian.num_bytes // 4)
     return routes, Coverage(
         routes={name: names[name] for name in parameters if name in names and name not in idle},
@@ -132,7 +136,7 @@ def probe_routes(
         excluded=_excluded(model, parameters) | idle,
         num_classes=outputs.shape[1],
         bytes_per_example=per_example,
-        working_bytes_per_example=-(-saved // 4),
+        working_bytes_per_example=working,
         shares={name: share for name, share in shares.items() if name not in idle},
     )
 
@@ -183,33 +187,6 @@ class _Truth:
             return given is None or not bool(given.any())
         gap = float(torch.linalg.vector_norm(actual.reshape(expected.shape).to(expected) - expected))
         return gap <= self._tolerance * float(torch.linalg.vector_norm(expected)) + self._floor
-
-
-def _check_rows_are_functions(model: nn.Module, pair: Any, outputs: Tensor, forward_fn: ForwardFn | None) -> None:
-    """Check that an output row is a function of its own input row, and of nothing else."""
-    scale = max(float(outputs.detach().abs().max()), torch.finfo(outputs.dtype).tiny)
-    tolerance = (1e-8 if outputs.dtype == torch.float64 else 1e-3) * scale
-    with torch.no_grad():
-        again = forward_rows(model, pair, forward_fn).detach()
-        repeated = forward_rows(model, take(pair, torch.tensor([0, 0])), forward_fn).detach()
-    gap = float((again - outputs.detach()).abs().max())
-    if gap > tolerance:
-        raise InputError(
-            f"The model gives another output every time it is called, also in evaluation mode (by {gap:.1e}): its kernel is a random "
-            "number. Switch its randomness off (dropout called as a function needs training=self.training), or fix its seed."
-        )
-    gap = float((repeated[0] - outputs[0].detach()).abs().max())
-    if gap > tolerance:
-        norms = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not module.track_running_stats
-        ]
-        culprit = f"BatchNorm without running statistics: {', '.join(norms)}" if norms else "batch statistics or a contrastive head?"
-        raise InputError(
-            f"Output rows must depend on their own input row only, but row 0 changed by {gap:.1e} when another row did ({culprit}). "
-            "The kernel between examples is not defined then. Use a layer without batch statistics, or take the outputs before it."
-        )
 
 
 @dataclass(frozen=True)
@@ -331,22 +308,6 @@ def _check_whole(pulled: Mapping[str, Tensor], truth: _Truth) -> None:
             f"The Jacobian in {', '.join(f'`{name}`' for name in differing)} differs from autograd's on a few of the examples, by every "
             "route there is: the model's gradient depends on which examples are in the batch. Its kernel is not defined."
         )
-
-
-def _saved_bytes(model: nn.Module, pair: Any, routes: Routes) -> int:
-    """Count the bytes that a forward pass keeps for its backward passes."""
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward_rows(model, pair, routes.forward_fn)
-    return sum(kept.values())
 
 
 def _excluded(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:

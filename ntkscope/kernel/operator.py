@@ -10,18 +10,19 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, InputTypeError, UnsupportedError, check_finite, check_number
+from ntkscope._checks import InputError, InputTypeError, check_finite, check_number
 from ntkscope._types import ForwardFn, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take
+from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.model import select_parameters, working_dtype
 from ntkscope.kernel.precond import Precond, check_precond
-from ntkscope.kernel.probe import check_rows_are_independent, choose_routes, ends, measure
+from ntkscope.kernel.product_routes import choose_routes, ends
 from ntkscope.kernel.products import JvpMethod, RowFunction, Tangents, pull, push
 from ntkscope.kernel.readout import check_kind, make_readout
+from ntkscope.kernel.rows import check_rows_are_functions, saved_bytes
 from ntkscope.kernel.top_eig import EigSolver, TopEigenpairs, top_eigenpairs
 
-DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
 LARGEST_CHUNK = 64  # vectors; with more, a pass costs as much a vector, and activations of fewer examples fit
 
 
@@ -101,13 +102,9 @@ class NTKOperator(LinearOperator):
         self._num_rows, self._num_columns = count_examples(self._rows), count_examples(self._columns)
         with undisturbed(model):
             pair = ends(self._rows)
-            self._bytes_per_example, probe = measure(self._function, pair)
-            if not probe.requires_grad:
-                raise UnsupportedError(
-                    "The model's output depends on none of its trained parameters (a torch.no_grad or detach inside the model?), "
-                    "so its tangent kernel is zero. Check the forward pass."
-                )
-            check_rows_are_independent(self._function, pair, probe)
+            probe = self._function.rows(pair)
+            check_rows_are_functions(model, pair, probe, self._function.rows)
+            self._bytes_per_example = saved_bytes(model, pair, self._function.rows)
             with torch.no_grad():
                 width = probe.shape[1] if other is None else self._function.rows(ends(self._columns)).shape[1]
             self._routes = choose_routes(self._function, pair)

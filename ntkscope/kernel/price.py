@@ -14,7 +14,7 @@ from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, Tile, Tiling, plan_tiles
 from ntkscope.kernel.capture import full_precision, undisturbed
 from ntkscope.kernel.contract import contract
-from ntkscope.kernel.cost import costs
+from ntkscope.kernel.cost import contractions
 from ntkscope.kernel.coverage import Coverage, probe_routes
 from ntkscope.kernel.jacobian import compute_jacobian
 from ntkscope.kernel.readout import make_readout
@@ -172,27 +172,9 @@ def _work(coverage: Coverage, tiles: Iterable[Tile], trace: bool, weighted: bool
     for tile in tiles:
         rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
         half = 0.5 if tile.is_diagonal else 1.0
-        pairs = rows * columns * (coverage.num_classes if trace else coverage.num_classes**2)
-        for share in coverage.shares.values():
-            if not share.factors:
-                total += half * pairs * share.num_params
-                products += half * pairs * share.num_params
-            for shape in share.factors:
-                inputs = min(shape.inputs, (rows + columns) * shape.positions) if shape.is_token else shape.inputs
-                found = costs(
-                    num_rows=rows,
-                    num_columns=columns,
-                    num_classes=coverage.num_classes,
-                    units=shape.units,
-                    inputs=inputs,
-                    positions=shape.positions,
-                    has_modes=shape.positions == 1,
-                    is_weighted=weighted,
-                    is_trace=trace,
-                )
-                way = min(found, key=found.__getitem__)
-                total += half * found[way]
-                products += half * found[way] if way == "gradients" else 0.0
+        for _, way, operations in contractions(coverage, num_rows=rows, num_columns=columns, is_weighted=weighted, is_trace=trace):
+            total += half * operations
+            products += half * operations if way == "gradients" else 0.0
     return _Work(total, products)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkscope._checks import InputError, UnsupportedError
+from ntkscope._checks import UnsupportedError
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.products import JvpMethod, Passes, Routes, RowFunction, pull, push
 
@@ -77,61 +77,6 @@ def ends(batch: Any) -> Any:
         One or two examples.
     """
     return take(batch, torch.tensor([0, -1])) if count_examples(batch) > 1 else batch
-
-
-def measure(function: RowFunction, batch: Any) -> tuple[int, Tensor]:
-    """Run the model; measure the bytes its graph keeps for one example, parameters and buffers apart.
-
-    Args:
-        function: What is differentiated, inside `undisturbed`.
-        batch: One or two examples.
-
-    Returns:
-        Bytes per example, and the rows, in the autograd graph.
-    """
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    rows = function.rows(batch)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            again = function.rows(batch)
-    except RuntimeError:  # torch.func inside the model forbids hooks on saved tensors: one example at a time then
-        return 2**62, rows
-    for tensor in [*function.model.parameters(), *function.model.buffers()]:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return (sum(kept.values()) + again.numel() * again.element_size()) // len(rows) + 1, rows
-
-
-def check_rows_are_independent(function: RowFunction, pair: Any, rows: Tensor) -> None:
-    """Check that the first row does not change when its neighbour does.
-
-    Args:
-        function: What is differentiated, inside `undisturbed`.
-        pair: One or two examples.
-        rows: Their rows.
-
-    Raises:
-        InputError: If it does.
-    """
-    if len(rows) < 2:
-        return
-    with torch.no_grad():
-        repeated = function.rows(take(pair, torch.tensor([0, 0]))).detach()
-    rows = rows.detach()
-    gap, scale = float((repeated[0] - rows[0]).abs().max()), float(rows.abs().max())
-    tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
-    if gap > tolerance * max(scale, torch.finfo(rows.dtype).tiny):
-        raise InputError(
-            f"Output rows must depend on their own input row only, but row 0 changed by {gap:.1e} when another row did "
-            "(batch statistics, or a contrastive head?). The kernel between examples is not defined then. "
-            "Use a layer without batch statistics, or take the outputs before it."
-        )
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
