@@ -280,6 +280,38 @@ def test_every_contraction_is_exact(monkeypatch, way, positions, weighted, is_se
     assert_close(total, expected, 1e-13)
 
 
+@pytest.mark.parametrize(
+    ("way", "positions", "weighted"), [("grams", 1, False), ("positions", 3, False), ("gradients", 3, False), ("gradients", 1, True)]
+)
+@pytest.mark.parametrize("trace", [False, True], ids=["full", "trace"])
+@pytest.mark.parametrize("same", [False, True], ids=["cross", "same"])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])
+def test_every_contraction_of_tokens_is_exact(monkeypatch, way, positions, weighted, trace, same, chunk_bytes):
+    vocabulary = 7
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens_of(num):
+        grads = torch.randn(num, 2, 4, positions, generator=generator, dtype=torch.float64)
+        tokens = torch.randint(vocabulary, (num, positions), generator=generator)
+        return OuterFactor(grads, tokens, slice(0, vocabulary), True)
+
+    left = tokens_of(3)
+    right = left if same else tokens_of(4)
+    scale = torch.rand(vocabulary, 4, generator=generator, dtype=torch.float64)
+    hot = [F.one_hot(factor.inputs, vocabulary).double() for factor in (left, right)]
+    dense = [torch.einsum("icut,itv->icvu", factor.grads, own).flatten(2) for factor, own in zip((left, right), hot, strict=True)]
+    full = torch.einsum("icp,jdp->icjd", dense[0] * scale.flatten() if weighted else dense[0], dense[1])
+    expected = torch.einsum("icjc->ij", full) if trace else full.flatten(2).flatten(0, 1)
+    monkeypatch.setattr("ntkscope.kernel.contract.cheapest", lambda **_: way)
+    shapes = {"w": torch.Size((vocabulary, 4))}
+    one, other = (FactoredJacobian(torch.zeros(f.grads.shape[:2]), {"w": [f]}, {}, shapes, torch.float64) for f in (left, right))
+    total = torch.zeros_like(expected)
+    contract(one, one if same else other, total, precond={"w": scale} if weighted else None, trace=trace, chunk_bytes=chunk_bytes)
+    if same:
+        total = total.tril() + total.tril(-1).T
+    assert_close(total, expected, 1e-13)
+
+
 def test_separation_is_found_only_where_it_is():
     separable = random_factor(0, positions=6, is_separable=True)
     assert separable.separated().patterns is not None

@@ -26,7 +26,7 @@ from ntkscope.kernel.precond import Precond
 ROW_BLOCKS = 8  # of columns, of a symmetric product: 9/16 of the multiplications instead of all
 SMALLEST_BLOCK = 80  # columns: matrix products with fewer are slow
 CACHE_BYTES = 2**23  # what is formed and multiplied at once stays in cache, and malloc reuses it instead of asking the system
-
+TOKENS_AT_ONCE = 64
 LARGEST_SUM = 2**17  # columns added up in the factors' precision
 
 
@@ -77,20 +77,18 @@ def _add_factors(
     if (left.part.start, left.part.stop) != (right.part.start, right.part.stop):
         return  # different rows of the parameter
     weight = left.diagonal(scale) if isinstance(scale, Tensor) else None
-    if left.is_token:
-        left, right, weight = _one_hot(left, right, weight)
-        is_same = is_same and left is right
-    if left.inputs.shape[2] == 0:
+    tokens = _shared_tokens(left, right) if left.is_token else None
+    num_inputs = left.inputs.shape[2] if tokens is None else len(tokens)
+    if num_inputs == 0:
         return  # no token in common
-    has_modes = left.has_modes and right.has_modes and (left.patterns is None) == (right.patterns is None)
     way = cheapest(
         num_rows=left.grads.shape[0],
         num_columns=right.grads.shape[0],
         num_classes=left.grads.shape[1],
         units=left.grads.shape[2],
-        inputs=left.inputs.shape[2],
+        inputs=num_inputs,
         positions=max(left.inputs.shape[1], right.inputs.shape[1]),
-        has_modes=has_modes,
+        has_modes=left.has_modes and right.has_modes and (left.patterns is None) == (right.patterns is None),
         is_weighted=weight is not None,
         is_trace=trace,
     )
@@ -98,26 +96,26 @@ def _add_factors(
     if way == "modes":
         _add_modes(total, left, right, weight, plain, trace, chunk_bytes, is_same)
         return
-    left, right = left.joined(), left.joined() if right is left else right.joined()
+    joined = left.joined()
+    left, right = joined, joined if right is left else right.joined()
     if way == "gradients":
-        _add_gradients(total, left, left if is_same else right, plain if weight is None else weight, trace, chunk_bytes, is_same)
+        _add_gradients(total, left, right, plain if weight is None else weight, trace, chunk_bytes, is_same, tokens)
     else:
         add = _add_grams if way == "grams" else _add_positions
         add(total, left, right, plain, trace, chunk_bytes, is_same)
 
 
-def _one_hot(left: OuterFactor, right: OuterFactor, weight: Tensor | None) -> tuple[OuterFactor, OuterFactor, Tensor | None]:
-    """Write tokens as one-hot activations over the tokens that both sides have: never over the vocabulary."""
+def _shared_tokens(left: OuterFactor, right: OuterFactor) -> Tensor:
+    """List the tokens that both sides have: gradients are formed over these, never over the vocabulary."""
     own = torch.unique(left.inputs)
-    shared = own if left is right else own[torch.isin(own, torch.unique(right.inputs))]
+    return own if left is right else own[torch.isin(own, torch.unique(right.inputs))]
 
-    def over_shared(factor: OuterFactor) -> OuterFactor:
-        hot = (factor.inputs[:, :, None] == shared).to(factor.grads)
-        return OuterFactor(factor.grads, hot, slice(0, factor.grads.shape[2]), factor.transposed)
 
-    first = over_shared(left)
-    second = first if left is right else over_shared(right)
-    return first, second, None if weight is None else weight[:, shared]
+def _inner_inputs(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of all pairs of positions: of activations, or whether tokens match."""
+    if left.ndim == 2:
+        return left.flatten()[:, None] == right.flatten()
+    return left.flatten(0, 1) @ right.flatten(0, 1).T
 
 
 def _add_tied(total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tensor | float, trace: bool, chunk_bytes: int) -> None:
@@ -157,21 +155,38 @@ def _add_rows(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float,
 
 
 def _add_gradients(
-    total: Tensor, left: OuterFactor, right: OuterFactor, weight: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
+    total: Tensor,
+    left: OuterFactor,
+    right: OuterFactor,
+    weight: Tensor | float,
+    trace: bool,
+    chunk_bytes: int,
+    is_same: bool,
+    tokens: Tensor | None,
 ) -> None:
     """Form per-output weight gradients, a chunk of columns at a time, weighted by M."""
-    num_inputs, num_units = left.inputs.shape[2], left.grads.shape[2]
+    num_units = left.grads.shape[2]
+    num_inputs = left.inputs.shape[2] if tokens is None else len(tokens)
     num_rows = left.grads.shape[:2].numel() * (2 if isinstance(weight, Tensor) else 1)
     num_rows += 0 if is_same else right.grads.shape[:2].numel()
     columns = max(1, min(chunk_bytes, CACHE_BYTES) // (num_rows * left.grads.element_size()))
-    units_step, inputs_step = max(1, columns // num_inputs), min(num_inputs, columns)
+    inputs_step = min(num_inputs if tokens is None else TOKENS_AT_ONCE, columns)
+    units_step = max(1, columns // inputs_step)
     products = _Products(total, left.grads, right.grads, 1.0 if isinstance(weight, Tensor) else weight, trace, is_same)
-    for units in _slices(num_units, units_step):
-        for inputs in _slices(num_inputs, inputs_step):
-            first = _weight_gradients(left, units, inputs)
-            second = first if is_same else _weight_gradients(right, units, inputs)
-            products.add(first * weight[units, inputs].flatten() if isinstance(weight, Tensor) else first, second)
+    for inputs in _slices(num_inputs, inputs_step):
+        where = inputs if tokens is None else tokens[inputs]
+        first_inputs = _activations(left, where)
+        second_inputs = first_inputs if is_same else _activations(right, where)
+        for units in _slices(num_units, units_step):
+            first = _weight_gradients(left, units, first_inputs)
+            second = first if is_same else _weight_gradients(right, units, second_inputs)
+            products.add(first * weight[units, where].flatten() if isinstance(weight, Tensor) else first, second)
     products.finish()
+
+
+def _activations(factor: OuterFactor, where: slice | Tensor) -> Float[Tensor, "examples positions inputs"]:
+    """Cut some inputs out of a factor; of tokens, the one-hot activations of those named."""
+    return factor.inputs[:, :, where] if isinstance(where, slice) else (factor.inputs[:, :, None] == where).to(factor.grads)
 
 
 class _Products:
@@ -210,10 +225,10 @@ class _Products:
         self._num_columns = 0
 
 
-def _weight_gradients(factor: OuterFactor, units: slice, inputs: slice) -> Float[Tensor, "examples classes columns"]:
+def _weight_gradients(factor: OuterFactor, units: slice, inputs: Tensor) -> Float[Tensor, "examples classes columns"]:
     """Form gradients of every output in weight[units, inputs]."""
     grads = factor.grads[:, :, units]
-    gradients = grads.flatten(1, 2) @ factor.inputs[:, :, inputs]  # [examples, classes * units, inputs]
+    gradients = grads.flatten(1, 2) @ inputs  # [examples, classes * units, inputs]
     return gradients.view(*grads.shape[:2], -1)
 
 
@@ -225,12 +240,11 @@ def _flat(gradients: Float[Tensor, "examples classes columns"], trace: bool) -> 
 def _add_grams(total: Tensor, left: OuterFactor, right: OuterFactor, scale: float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
     """One position: two small Grams, of inputs and of output gradients, multiplied elementwise."""
     n, num_classes, _, _ = left.grads.shape
-    a, b = left.inputs[:, 0], right.inputs[:, 0]  # [examples, inputs]
     d, e = left.grads[..., 0], right.grads[..., 0]  # [examples, classes, units]
-    per_row = 3 * (1 if trace else num_classes**2) * len(b) * a.element_size()
-    for rows, stop in _row_chunks(n, len(b), max(1, chunk_bytes // per_row), is_same):
+    per_row = 3 * (1 if trace else num_classes**2) * len(e) * d.element_size()
+    for rows, stop in _row_chunks(n, len(e), max(1, chunk_bytes // per_row), is_same):
         grads = _flat(d[rows], trace) @ _flat(e[:stop], trace).T
-        inputs = a[rows] @ b[:stop].T  # [examples, examples']
+        inputs = _inner_inputs(left.inputs[rows], right.inputs[:stop])  # [examples, examples']
         if trace:
             _add_block(total, grads.mul_(inputs), rows, stop, 1, scale)
             continue
@@ -251,7 +265,7 @@ def _add_positions(
     width = 1 if trace else num_classes
     for i in range(n):
         for columns in _slices(i + 1 if is_same else others, step):
-            inner = right.inputs[columns].flatten(0, 1) @ left.inputs[i].T  # [examples' positions', positions]
+            inner = _inner_inputs(right.inputs[columns], left.inputs[i : i + 1]).to(d)  # [examples' positions', positions]
             pushed = torch.bmm(inner.expand(num_classes, -1, -1), d[i])  # [classes, examples' positions', units]
             by_other = pushed.view(num_classes, columns.stop - columns.start, -1).transpose(0, 1)
             if trace:
