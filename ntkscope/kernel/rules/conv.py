@@ -59,60 +59,24 @@ class ConvUse(OuterUse):
     groups: int = 1
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
-        """Require batched images: see `Use.fits`.
-
-        Args:
-            layout: As there.
-            shape: As there.
-            num_examples: n.
-
-        Returns:
-            Whether it fits.
-        """
+        """Require batched images: see `Use.fits`."""
         is_batched = len(shape) == len(self.geometry.kernel) + 2
         return is_batched and layout is not Layout.SECOND and super().fits(layout, shape, num_examples)
 
     def inputs(self, layout: Layout, num_examples: int) -> Tensor:
-        """Cut the patches.
-
-        Args:
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            `(n, T, inputs)`; with groups `(rows, groups, positions, inputs)`, which only `rows` understands.
-        """
+        """Cut the patches."""
         patches = self.geometry.patches(self.images, self.groups)
         if self.rows_only:
             return patches
         return by_example(patches[:, 0], layout, num_examples).flatten(1, 2)
 
     def grads(self, grads: Tensor, layout: Layout, num_examples: int) -> Float[Tensor, "examples units positions"]:
-        """Order the output gradients.
-
-        Args:
-            grads: Shape `(rows, units, *size)`.
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            Shape `(n, units, T)`.
-        """
+        """Order the output gradients."""
         parts = by_example(grads.flatten(2), layout, num_examples)  # [examples, folded, units, pixels]
         return parts[:, 0] if parts.shape[1] == 1 else parts.transpose(1, 2).flatten(2)
 
     def rows(self, grads: Tensor, layout: Layout, num_examples: int, inputs: Tensor | None = None) -> Float[Tensor, "examples columns"]:
-        """Form the gradient, group by group in one product.
-
-        Args:
-            grads: As for `Use.rows`.
-            layout: As there.
-            num_examples: n.
-            inputs: From `inputs()`.
-
-        Returns:
-            Flattened gradients.
-        """
+        """Form the gradient, group by group in one product."""
         if not self.rows_only:
             return super().rows(grads, layout, num_examples, inputs)
         patches = (self.inputs(layout, num_examples) if inputs is None else inputs).to(grads)
@@ -127,29 +91,11 @@ class ConvTransposeUse(ConvUse):
     rows_only: bool = True
 
     def inputs(self, layout: Layout, num_examples: int) -> Tensor:
-        """View the images, which take the place of a convolution's output gradients.
-
-        Args:
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            `(rows, groups, channels / groups, positions)`.
-        """
+        """View the images, which take the place of a convolution's output gradients."""
         return self.images.flatten(2).unflatten(1, (self.groups, -1))
 
     def rows(self, grads: Tensor, layout: Layout, num_examples: int, inputs: Tensor | None = None) -> Float[Tensor, "examples columns"]:
-        """Form the gradient: windows over the output gradients, weighted by the images.
-
-        Args:
-            grads: As for `Use.rows`.
-            layout: As there.
-            num_examples: n.
-            inputs: From `inputs()`.
-
-        Returns:
-            Flattened gradients.
-        """
+        """Form the gradient: windows over the output gradients, weighted by the images."""
         images = (self.inputs(layout, num_examples) if inputs is None else inputs).to(grads)
         # A window that output_padding added lies on no input pixel.
         patches = self.geometry.patches(grads, self.groups, self.images.shape[2:])
@@ -157,17 +103,7 @@ class ConvTransposeUse(ConvUse):
 
 
 def convolution(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """F.conv1d, F.conv2d, F.conv3d.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """F.conv1d, F.conv2d, F.conv3d."""
     given = bind(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs)
     output = func(*args, **kwargs)
     weight, groups = given["weight"], given["groups"] or 1
@@ -182,17 +118,7 @@ def convolution(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[A
 
 
 def transposed_convolution(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d."""
     given = bind(("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"), args, kwargs)
     output = func(*args, **kwargs)
     weight = given["weight"]
@@ -223,30 +149,11 @@ class ChannelUse(Use):
         return ScaleUse(self.weight, shape=(self.weight.numel(), *(1,) * (ndim - 2)), multiplier=self.multiplier)
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
-        """Require a channel axis after the examples: see `Use.fits`.
-
-        Args:
-            layout: As there.
-            shape: As there.
-            num_examples: n.
-
-        Returns:
-            Whether it fits.
-        """
+        """Require a channel axis after the examples: see `Use.fits`."""
         return len(shape) > 1 and layout is not Layout.SECOND and self._scale(len(shape)).fits(layout, shape, num_examples)
 
     def rows(self, grads: Tensor, layout: Layout, num_examples: int, inputs: Tensor | None = None) -> Float[Tensor, "examples columns"]:
-        """Sum over all but examples and channels.
-
-        Args:
-            grads: As for `Use.rows`.
-            layout: As there.
-            num_examples: n.
-            inputs: Not used.
-
-        Returns:
-            Flattened gradients.
-        """
+        """Sum over all but examples and channels."""
         return self._scale(grads.ndim).rows(grads, layout, num_examples)
 
 

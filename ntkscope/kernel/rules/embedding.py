@@ -18,17 +18,7 @@ BAG_SUM, BAG_MEAN = 0, 1
 
 
 def embedding(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.embedding, which F.embedding calls.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of the table.
-    """
+    """torch.embedding, which F.embedding calls."""
     given = bind(("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"), args, kwargs)
     output = func(*args, **kwargs)
     if given["scale_grad_by_freq"]:  # the gradient of an example depends on its neighbours
@@ -38,17 +28,7 @@ def embedding(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any
 
 
 def lookup(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`table[tokens]` with one integer tensor.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of the table.
-    """
+    """`table[tokens]` with one integer tensor."""
     table, index = args
     output = func(*args, **kwargs)
     is_tokens = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
@@ -59,17 +39,7 @@ def lookup(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], 
 
 
 def embedding_bag(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.embedding_bag with bags of equal length, summed or averaged.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of the table.
-    """
+    """torch.embedding_bag with bags of equal length, summed or averaged."""
     names = (
         "weight",
         "indices",

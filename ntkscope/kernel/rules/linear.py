@@ -12,17 +12,7 @@ if TYPE_CHECKING:
 
 
 def linear(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """F.linear on inputs of shape (..., inputs).
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """F.linear on inputs of shape (..., inputs)."""
     given = bind(("input", "weight", "bias"), args, kwargs)
     output = func(*args, **kwargs)
     uses: list[Use] = []
@@ -34,17 +24,7 @@ def linear(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], 
 
 
 def matmul(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`x @ w` and `w @ x` with a matrix w.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of w.
-    """
+    """`x @ w` and `w @ x` with a matrix w."""
     left, right = tuple(args) + tuple(kwargs.values())
     output = func(*args, **kwargs)
     use = None
@@ -56,17 +36,7 @@ def matmul(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], 
 
 
 def addmm(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`bias + x @ w`, as GPT-2's Conv1D has it.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of w and bias.
-    """
+    """`bias + x @ w`, as GPT-2's Conv1D has it."""
     given = bind(("input", "mat1", "mat2"), args, kwargs)
     output = func(*args, **kwargs)
     uses: list[Use] = []
@@ -79,17 +49,7 @@ def addmm(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], k
 
 
 def bilinear(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """F.bilinear: a Linear on the outer product of two inputs.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """F.bilinear: a Linear on the outer product of two inputs."""
     given = bind(("input1", "input2", "weight", "bias"), args, kwargs)
     output = func(*args, **kwargs)
     uses: list[Use] = []

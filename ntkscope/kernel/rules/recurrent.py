@@ -82,17 +82,7 @@ STEPS: dict[str, Step] = {
 
 
 def recurrent(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu on padded sequences, in evaluation mode.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The same result, by steps.
-    """
+    """torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu on padded sequences, in evaluation mode."""
     if len(args) != NUM_PADDED_ARGS or not isinstance(args[3], bool) or (args[6] and args[5]):
         result: tuple[Tensor, ...] = func(*args, **kwargs)
         return Seen(result, result[0])
@@ -122,17 +112,7 @@ def recurrent(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any
 
 
 def recurrent_cell(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The next state.
-    """
+    """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell."""
     step, start, w_in, w_hidden, *biases = args
     state: State = tuple(start) if isinstance(start, tuple | list) else (start,)
     b_in, b_hidden = biases if biases else (None, None)

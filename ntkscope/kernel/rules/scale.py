@@ -32,49 +32,19 @@ def _sided(watch: "WeightWatch", output: Tensor, left: Any, right: Any, by_left:
 
 
 def add(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`x + w`.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments; alpha is a factor of the second.
-
-    Returns:
-        The use of w.
-    """
+    """`x + w`."""
     left, right = _pair(args, kwargs)
     return _sided(watch, func(*args, **kwargs), left, right, 1.0, kwargs.get("alpha", 1.0))
 
 
 def subtract(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`x - w` and `w - x`.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments; alpha is a factor of the second.
-
-    Returns:
-        The use of w.
-    """
+    """`x - w` and `w - x`."""
     left, right = _pair(args, kwargs)
     return _sided(watch, func(*args, **kwargs), left, right, 1.0, -kwargs.get("alpha", 1.0))
 
 
 def multiply(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`x * w`.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of w.
-    """
+    """`x * w`."""
     left, right = _pair(args, kwargs)
     by_left = right.detach() if isinstance(right, Tensor) and watch.is_weight(left) else None
     by_right = left.detach() if isinstance(left, Tensor) and watch.is_weight(right) else None
@@ -84,17 +54,7 @@ def multiply(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any]
 
 
 def divide(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`x / w`.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of w.
-    """
+    """`x / w`."""
     rounds = kwargs.get("rounding_mode") is not None
     left, right = _pair(args, {name: value for name, value in kwargs.items() if name != "rounding_mode"})
     output = func(*args, **kwargs)
@@ -104,17 +64,7 @@ def divide(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], 
 
 
 def broadcast(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """`w.expand(...)`, `w.expand_as(x)`, `w.repeat(...)` that gives every example its copy, as class tokens do.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of w, where each axis is copied from length one or kept.
-    """
+    """`w.expand(...)`, `w.expand_as(x)`, `w.repeat(...)` that gives every example its copy, as class tokens do."""
     weight = args[0]
     output = func(*args, **kwargs)
     shape = (1,) * (output.ndim - weight.ndim) + tuple(weight.shape)
@@ -123,17 +73,7 @@ def broadcast(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any
 
 
 def prelu(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """F.prelu: one slope, or one per channel.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The use of the slopes.
-    """
+    """F.prelu: one slope, or one per channel."""
     given = bind(("input", "weight"), args, kwargs)
     output = func(*args, **kwargs)
     negative = given["input"].detach().clamp(max=0)
@@ -143,17 +83,7 @@ def prelu(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], k
 
 
 def layer_norm(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.layer_norm and torch.rms_norm: scale and shift on the last axes.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """torch.layer_norm and torch.rms_norm: scale and shift on the last axes."""
     has_shift = func.__name__ == "layer_norm"
     names = ("input", "normalized_shape", "weight", *(("bias",) if has_shift else ()), "eps", "cudnn_enable")
     given = bind(names, args, kwargs)
@@ -176,17 +106,7 @@ CHANNEL_NORMS = {
 
 
 def channel_norm(watch: "WeightWatch", func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
-    """torch.batch_norm (running statistics), torch.instance_norm, torch.group_norm: scale and shift per channel.
-
-    Args:
-        watch: Knows which tensors are weights.
-        func: The torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Uses of weight and bias.
-    """
+    """torch.batch_norm (running statistics), torch.instance_norm, torch.group_norm: scale and shift per channel."""
     names = CHANNEL_NORMS[func.__name__]
     given = bind(names, args, kwargs)
     output = func(*args, **kwargs)

@@ -102,42 +102,16 @@ class LinearUse(OuterUse):
     columns: bool = False  # y is [..., units, positions]: the weight stood on the left of the product
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
-        """Keep the example axis apart from the units: see `Use.fits`.
-
-        Args:
-            layout: As there.
-            shape: As there.
-            num_examples: n.
-
-        Returns:
-            Whether it fits.
-        """
+        """Keep the example axis apart from the units: see `Use.fits`."""
         own = {Layout.FIRST: 2, Layout.SECOND: 3}.get(layout, 2) + self.columns
         return len(shape) >= own and allows(layout, shape, num_examples) and not (self.columns and layout is Layout.SECOND)
 
     def inputs(self, layout: Layout, num_examples: int) -> Float[Tensor, "examples positions inputs"]:
-        """View the activations.
-
-        Args:
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            Shape `(n, T, inputs)`.
-        """
+        """View the activations."""
         return by_example(self.activations, layout, num_examples).reshape(num_examples, -1, self.activations.shape[-1])
 
     def grads(self, grads: Tensor, layout: Layout, num_examples: int) -> Float[Tensor, "examples units positions"]:
-        """Order the output gradients.
-
-        Args:
-            grads: Shape of the call's output.
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            Shape `(n, units, T)`.
-        """
+        """Order the output gradients."""
         units_last = grads.mT if self.columns else grads
         return by_example(units_last, layout, num_examples).reshape(num_examples, -1, units_last.shape[-1]).mT
 
@@ -152,58 +126,22 @@ class TokenUse(OuterUse):
     ignored: int = -1  # the token that has no gradient
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
-        """Keep the example axis apart from the units: see `Use.fits`.
-
-        Args:
-            layout: As there.
-            shape: As there.
-            num_examples: n.
-
-        Returns:
-            Whether it fits.
-        """
+        """Keep the example axis apart from the units: see `Use.fits`."""
         return allows(layout, shape, num_examples) and not (layout is Layout.SECOND and len(shape) < 3)
 
     def inputs(self, layout: Layout, num_examples: int) -> Int[Tensor, "examples positions"]:
-        """View the tokens.
-
-        Args:
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            Shape `(n, T)`.
-        """
+        """View the tokens."""
         return by_example(self.tokens, layout, num_examples).reshape(num_examples, -1)
 
     def grads(self, grads: Tensor, layout: Layout, num_examples: int) -> Float[Tensor, "examples units positions"]:
-        """Order the output gradients, zero at the ignored token.
-
-        Args:
-            grads: Shape of the call's output.
-            layout: Where the examples are.
-            num_examples: n.
-
-        Returns:
-            Shape `(n, units, T)`.
-        """
+        """Order the output gradients, zero at the ignored token."""
         per_token = grads[..., None, :] * self.gains[..., None].to(grads) if self.gains is not None else grads
         if self.ignored >= 0:
             per_token = per_token.masked_fill((self.tokens == self.ignored)[..., None], 0.0)
         return by_example(per_token, layout, num_examples).reshape(num_examples, -1, grads.shape[-1]).mT
 
     def rows(self, grads: Tensor, layout: Layout, num_examples: int, inputs: Tensor | None = None) -> Float[Tensor, "examples columns"]:
-        """Form the gradient over the whole vocabulary; only for tables that a model also uses in ways without factors.
-
-        Args:
-            grads: As for `Use.rows`.
-            layout: As there.
-            num_examples: n.
-            inputs: Tokens.
-
-        Returns:
-            Shape `(n, vocabulary * units)`.
-        """
+        """Form the gradient over the whole vocabulary; only for tables that a model also uses in ways without factors."""
         factor = self.grads(grads, layout, num_examples)
         tokens = self.inputs(layout, num_examples) if inputs is None else inputs
         table = factor.new_zeros(num_examples, self.weight.shape[0], factor.shape[1])
@@ -218,31 +156,12 @@ class ScaleUse(Use):
     multiplier: Tensor | float = 1.0
 
     def fits(self, layout: Layout, shape: tuple[int, ...], num_examples: int) -> bool:
-        """Require that the weight is the same for all examples: see `Use.fits`.
-
-        Args:
-            layout: As there.
-            shape: As there.
-            num_examples: n.
-
-        Returns:
-            Whether it fits.
-        """
+        """Require that the weight is the same for all examples: see `Use.fits`."""
         axis = 1 if layout is Layout.SECOND else 0
         return allows(layout, shape, num_examples) and len(self.shape) <= len(shape) and self._padded(len(shape))[axis] == 1
 
     def rows(self, grads: Tensor, layout: Layout, num_examples: int, inputs: Tensor | None = None) -> Float[Tensor, "examples columns"]:
-        """Sum the gradients over what the weight is broadcast along, but not over examples.
-
-        Args:
-            grads: As for `Use.rows`.
-            layout: As there.
-            num_examples: n.
-            inputs: Not used.
-
-        Returns:
-            Flattened gradients.
-        """
+        """Sum the gradients over what the weight is broadcast along, but not over examples."""
         multiplier = self.multiplier
         products = grads * (multiplier.to(grads) if isinstance(multiplier, Tensor) else multiplier)
         parts = by_example(products, layout, num_examples)  # [examples, positions, the axes that are left]
