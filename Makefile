@@ -18,6 +18,8 @@ lint: .venv/ready
 bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.kernel_speed
 	$(BIN)/python -m benchmarks.kernel_scaling
+	$(BIN)/python -m benchmarks.kernel_ranks
+	$(BIN)/python -m benchmarks.kernel_price
 	$(BIN)/python -m benchmarks.demo_quality
 
 # Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.

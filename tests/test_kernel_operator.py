@@ -419,7 +419,7 @@ TARGETS = torch.tensor([0, 1, 0])
         (lambda: NTKOperator(Through(lambda u: u.sum()), ONES), InputError, "one row per example"),
         (lambda: NTKOperator(Through(lambda u: u - u.mean(dim=0)), ONES), InputError, "their own input row only"),
         (lambda: NTKOperator(Through(lambda u: u.detach()), ONES), UnsupportedError, "none of its trained parameters"),
-        (lambda: NTKOperator(Through(lambda u: u * torch.rand(1)), ONES), InputError, "their own input row only"),
+        (lambda: NTKOperator(Through(lambda u: u * torch.rand(1)), ONES), InputError, "another output every time"),
         (
             lambda: NTKOperator(Through(OnceDifferentiable.apply), ONES),
             UnsupportedError,
