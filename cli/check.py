@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
-from .options import parse_size
+from .options import parse_kind, parse_size
 
 
 def check(
@@ -26,7 +26,7 @@ def check(
 
       ntkscope check step900.pt --model net.py:make --data digits.npz --outputs trace --max-memory 8G
     """
-    limit = parse_size(max_memory)
+    limit, kind = parse_size(max_memory), parse_kind(outputs)
     with failures_reported():
         from rich.console import Console
         from rich.table import Table
@@ -40,7 +40,7 @@ def check(
         inputs, _ = load_data(data)
         if path is not None:
             load_weights(network, find_weights(load_checkpoint(path), path), path)
-        price, coverage = ntkscope.price_gram(network, inputs, outputs=outputs, weighted=weighted, max_memory=limit)
+        price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, max_memory=limit)
 
         console = Console(highlight=False)
         table = Table("parameter", "shape", "route", box=None, pad_edge=False)
@@ -69,13 +69,14 @@ def describe_price(price: object) -> str:
     Returns:
         A few lines.
     """
+    from ntkscope._checks import format_bytes
     from ntkscope.kernel.price import Price
 
     assert isinstance(price, Price)
     lines = [
-        f"Price of the {price.outputs} kernel: {price.num_outputs:,} x {price.num_outputs:,} ({size(price.result_bytes)}) from "
+        f"Price of the {price.outputs} kernel: {price.num_outputs:,} x {price.num_outputs:,} ({format_bytes(price.result_bytes)}) from "
         f"{price.num_examples:,} examples and {price.num_params:,} parameters; about {seconds(price.seconds)}, "
-        f"peak memory about {size(price.peak_bytes)}, {price.num_blocks} block{'s' if price.num_blocks > 1 else ''}, "
+        f"peak memory about {format_bytes(price.peak_bytes)}, {price.num_blocks} block{'s' if price.num_blocks > 1 else ''}, "
         f"{price.multiply_adds:.1e} multiply-adds, {price.num_passes:,} backward passes of one example."
     ]
     if price.is_bound_by_products:
@@ -84,24 +85,10 @@ def describe_price(price: object) -> str:
             "the exact kernel costs that much."
         )
     if price.alternatives:
-        lines.append("Cheaper: " + "; ".join(f"{a.name} about {seconds(a.seconds)}, {size(a.bytes)}" for a in price.alternatives) + ".")
+        lines.append(
+            "Cheaper: " + "; ".join(f"{a.name} about {seconds(a.seconds)}, {format_bytes(a.bytes)}" for a in price.alternatives) + "."
+        )
     return "\n".join(lines)
-
-
-def size(num_bytes: float) -> str:
-    """Write bytes with a unit.
-
-    Args:
-        num_bytes: Bytes.
-
-    Returns:
-        Text.
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"
 
 
 def seconds(value: float) -> str:

@@ -65,3 +65,20 @@ def parse_times(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is no list of times. Give numbers, for example --times 0,0.5,2.") from error
+
+
+def parse_kind(text: str) -> str:
+    """Read the kind of a kernel that can be priced.
+
+    Args:
+        text: What the user typed.
+
+    Returns:
+        The kind.
+
+    Raises:
+        typer.BadParameter: If it is the loss kernel.
+    """
+    if text == "loss":
+        raise typer.BadParameter("the loss kernel needs a loss, which this command does not take. Price class=0, which costs as much.")
+    return text

@@ -94,3 +94,41 @@ def check_device(device: torch.device | str | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"Device {str(device)!r} cannot be used here: {reason}. Use 'cpu'.") from error
+
+
+def check_memory(value: object, default: int) -> int:
+    """Check a bound on memory.
+
+    Args:
+        value: What the user gave as `max_memory`; None for the default.
+        default: Bytes.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        InputError: If it is not positive and finite.
+        InputTypeError: If it is no number.
+    """
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputTypeError(f"`max_memory` must be a number of bytes, got {value!r}. For 4 GiB give 4 * 2**30.")
+    check_number("max_memory", value, low=1)
+    return int(value)
+
+
+def format_bytes(num_bytes: float | int) -> str:
+    """Write bytes with a unit.
+
+    Args:
+        num_bytes: Bytes.
+
+    Returns:
+        Three digits and B, KiB, MiB or GiB.
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} GiB"

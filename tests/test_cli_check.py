@@ -3,9 +3,11 @@
 import pytest
 import torch
 from ntkscope_cli.app import app
-from ntkscope_cli.check import seconds, size
+from ntkscope_cli.check import seconds
 from torch import nn
 from typer.testing import CliRunner
+
+from ntkscope._checks import format_bytes
 
 USER_FILE = """
 import torch
@@ -31,6 +33,29 @@ def frozen():
 
 def coupled():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3, track_running_stats=False))
+
+class Raising(Net):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+def raising():
+    return Raising(KeyError("logits"))
+
+def leaving():
+    return Raising(SystemExit(7))
+
+def exiting():
+    raise SystemExit(0)
+
+def narrow():
+    return torch.randn(20, 1, 2, 2), torch.zeros(20)
+
+def uneven():
+    return data()[0], torch.zeros(3)
 
 def data():
     return torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(20, dtype=torch.long)
@@ -88,6 +113,12 @@ def _shapes():
         (("--model", "USER:make", "--data", "USER:data", "--outputs", "class=7"), "asks for class 7"),
         (("--model", "USER:make", "--data", "USER:data", "--max-memory", "1K"), "more than half of max_memory"),
         (("--model", "USER:nothing", "--data", "USER:data"), "has no 'nothing'"),
+        (("--model", "USER:make", "--data", "USER:data", "--outputs", "loss"), "the loss kernel needs a loss"),
+        (("--model", "USER:raising", "--data", "USER:data"), "failed on the first examples of the batch: KeyError"),
+        (("--model", "USER:leaving", "--data", "USER:data"), "failed on the first examples of the batch: SystemExit"),
+        (("--model", "USER:exiting", "--data", "USER:data"), "failed when called"),
+        (("--model", "USER:make", "--data", "USER:narrow"), "failed on the first examples of the batch: RuntimeError"),
+        (("--model", "USER:make", "--data", "USER:uneven"), "20 inputs, but 3 targets"),
         (("missing.pt", "--model", "USER:make", "--data", "USER:data"), "No such file: missing.pt"),
     ],
 )
@@ -99,5 +130,5 @@ def test_nothing_usable_is_exit_code_2(user, options, message):
 
 
 def test_units():
-    assert [size(12), size(2048), size(3 * 2**20), size(2**31)] == ["12 B", "2 KiB", "3 MiB", "2 GiB"]
+    assert [format_bytes(num) for num in (12, 2048, 3 * 2**20, 2**31)] == ["12 B", "2 KiB", "3 MiB", "2 GiB"]
     assert [seconds(0.5), seconds(90), seconds(600), seconds(7200 * 2)] == ["0.5 s", "90 s", "10 min", "4 h"]

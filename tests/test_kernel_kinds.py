@@ -206,7 +206,7 @@ ONES = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
             ntkscope.InputError,
             "must return one number",
         ),
-        (lambda: ntkscope.ntk_gram(nn.Linear(2, 2), ONES, targets=torch.zeros(3)), ntkscope.InputError, "goes with outputs='loss'"),
+        (lambda: ntkscope.ntk_gram(nn.Linear(2, 2), ONES, targets=torch.zeros(3)), ntkscope.InputError, "is for outputs='loss'"),
         (lambda: ntkscope.ntk_gram(nn.Linear(2, 2), ONES, bn="train"), ntkscope.InputError, "`bn` must be one of"),
         (lambda: ntkscope.ntk_gram(nn.Linear(2, 2), ONES, dtype=torch.bfloat16), ntkscope.InputError, "need the precision"),
         (lambda: ntkscope.ntk_gram(nn.Linear(2, 2), ONES, device="nowhere"), ntkscope.InputError, "cannot be used here"),

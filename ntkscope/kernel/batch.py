@@ -1,6 +1,7 @@
 """Batches as users have them: a tensor, or tuples, lists and dicts of tensors whose first axis is the example."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -49,8 +50,14 @@ def map_batch(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_batch(function, part) for key, part in batch.items()}
-    return type(batch)([map_batch(function, part) for part in batch])
+        parts = {key: map_batch(function, part) for key, part in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return parts
+        kept = copy.copy(batch)  # a tokenizer's BatchEncoding, say, whose attributes a model may use
+        kept.update(parts)
+        return kept
+    parts = [map_batch(function, part) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def take(batch: Any, index: slice | Tensor) -> Any:

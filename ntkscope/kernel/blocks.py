@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError
+from ntkscope._checks import InputError, format_bytes
 from ntkscope._types import KernelOutputs
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.contract import contract
@@ -79,8 +79,8 @@ def plan_tiles(
     result = num_rows * columns * width**2 * itemsize
     if result > budget // 2:
         raise InputError(
-            f"The kernel of {num_rows} x {columns} examples and {width} outputs each takes {result / 2**30:.2f} GiB, more than half of "
-            f"max_memory ({budget / 2**30:.2f} GiB). Take fewer examples, outputs='trace' or 'class=k', NTKOperator, or raise max_memory."
+            f"The kernel of {num_rows} x {columns} examples and {width} outputs each takes {format_bytes(result)}, more than half of "
+            f"max_memory ({format_bytes(budget)}). Take fewer examples, outputs='trace' or 'class=k', NTKOperator, or raise max_memory."
         )
     remaining = budget - result
     chunk = max(1, min(LARGEST_CHUNK, remaining // 4))
@@ -249,6 +249,10 @@ def _fill(
     for done, tile in enumerate(tiles):
         left = cache.rows(inputs, tile.rows)
         right = left if tile.is_diagonal else cache.columns(source, tile.columns, is_same_batch=other is None)
+        if right.num_classes != left.num_classes:
+            raise InputError(
+                f"The model has {left.num_classes} outputs on `inputs`, but {right.num_classes} on `other`. Give both the same shape."
+            )
         where = (slice(tile.rows.start * width, tile.rows.stop * width), slice(tile.columns.start * width, tile.columns.stop * width))
         for name, names in groups.items():
             contract(left, right, totals[name][where], precond=precond, trace=trace, chunk_bytes=tiling.chunk_bytes, names=names)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ntkscope._checks import InputError
 from ntkscope._types import BatchNormMode
 
 
@@ -21,6 +22,7 @@ def undisturbed(model: nn.Module) -> Generator[None, None, None]:
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    bound = [(module, dict(module._buffers)) for module in model.modules()]
     cuda_devices = list({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=cuda_devices), torch.enable_grad():
         try:
@@ -30,6 +32,9 @@ def undisturbed(model: nn.Module) -> Generator[None, None, None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for module, own in bound:  # a forward pass may bind a name anew, or register another buffer
+                module._buffers.clear()
+                module._buffers.update(own)
             with torch.no_grad():
                 for buffer, saved in buffers:
                     # Written only if it changed: a write would bump the version counter of a buffer that a live graph holds.
@@ -57,6 +62,9 @@ def batch_norm_statistics(model: nn.Module, mode: BatchNormMode, run: Callable[[
         model: Any module.
         mode: "eval": its running statistics, with a warning where they were never updated; "batch": those of the batch, held fixed.
         run: Runs the model on the batch.
+
+    Raises:
+        InputError: If the batch is too small to have statistics.
     """
     norms = {
         name: module
@@ -79,6 +87,8 @@ def batch_norm_statistics(model: nn.Module, mode: BatchNormMode, run: Callable[[
             for norm in momenta:
                 norm.training, norm.momentum = True, 1.0  # one pass replaces the statistics by the batch's
             run()
+        except ValueError as error:  # torch wants more than one value per channel
+            raise InputError(f"bn='batch' needs the statistics of a batch: {error}. Give more examples, or use bn='eval'.") from error
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkscope.kernel.factor import OuterFactor
-from ntkscope.kernel.layout import Layout
+from ntkscope.kernel.layout import Layout, allows, by_example
 from ntkscope.kernel.routes import Routes, UnlikeProbe
 from ntkscope.kernel.rules.use import OuterUse, Use
 from ntkscope.kernel.storage import Target, num_rows, resolve
@@ -148,6 +148,25 @@ class Collector:
             grad = cast[i]
             if grad is not None:
                 self._add_use(key, index, layout, use, grad)
+
+    def check_apart(self, grads: list[Tensor | None], mine: Tensor) -> None:
+        """Check that gradients of some examples' outputs stay in these examples' rows, in every call's layout.
+
+        A model may sort, route or unpad its examples; then a layout that two examples of the probe had is not that of all.
+
+        Args:
+            grads: One per call, of the outputs of some examples.
+            mine: Which, `(n,)`.
+
+        Raises:
+            UnlikeProbe: If a gradient reaches another example's rows.
+        """
+        for grad, call, planned in zip(grads, self.watch.calls, self.routes.plan.calls, strict=True):
+            if grad is None or planned.layout is None or not allows(planned.layout, call.shape, self.num_examples):
+                continue  # shapes are checked with every class
+            others = by_example(grad, planned.layout, self.num_examples)[~mine.to(grad.device)]
+            if bool(others.any()):
+                raise UnlikeProbe(f"the rows of `{call.name}` belong to other examples than they did on the probe")
 
     def _add_use(self, key: Key, index: int, layout: Layout, use: Use, grad: Tensor) -> None:
         target, n = self._targets[key], self.num_examples

@@ -56,8 +56,6 @@ def contract(
         if names is not None and name not in names:
             continue
         scale: Tensor | float = 1.0 if precond is None else precond[name]
-        if isinstance(scale, Tensor) and scale.ndim == 0 and left.shapes[name] != scale.shape:
-            scale = float(scale)
         if isinstance(scale, Tensor):
             scale = scale.to(left.outputs.device, left.dtype)
         if name in left.rows and name in right.rows:
@@ -74,8 +72,10 @@ def _add_factors(
     if left.is_token != right.is_token:
         _add_tied(total, left.joined(), right.joined(), scale, trace, chunk_bytes)
         return
-    if (left.part.start, left.part.stop) != (right.part.start, right.part.stop):
+    start, stop = max(left.part.start, right.part.start), min(left.part.stop, right.part.stop)
+    if start >= stop:
         return  # different rows of the parameter
+    left, right = left.restricted(start, stop), right if right is left else right.restricted(start, stop)
     weight = left.diagonal(scale) if isinstance(scale, Tensor) else None
     tokens = _shared_tokens(left, right) if left.is_token else None
     num_inputs = left.inputs.shape[2] if tokens is None else len(tokens)

@@ -4,14 +4,15 @@ A rule is trusted only where it reproduces autograd; what fails (an operation wi
 goes to autograd, and the report says why. The whole is then compared once more: a difference that is left is an error.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UserError, check_finite
+from ntkscope._checks import InputError, UserError, check_finite, format_bytes
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
@@ -21,11 +22,12 @@ from ntkscope.kernel.jacobian import class_grads, compute_jacobian, watched_forw
 from ntkscope.kernel.layout import Layout, by_example, possible_layouts
 from ntkscope.kernel.model import forward_rows, select_parameters, working_dtype
 from ntkscope.kernel.routes import Plan, PlannedCall, Routes, UnlikeProbe, without
-from ntkscope.kernel.rows import check_rows_are_functions, saved_bytes
+from ntkscope.kernel.rows import check_rows_are_functions, first_rows, saved_bytes
 from ntkscope.kernel.storage import OuterShape, Storage, choose_storage, outer_shape, resolve
 from ntkscope.kernel.watch import Call, WeightWatch
 
 HIDDEN_USE = "its rule does not account for the whole gradient (a use that torch functions do not show: TorchScript, a custom Function?)"
+LOWEST_PRECISION = 0.05  # of a gradient: what autocast to bfloat16 may cost
 NO_LAYOUT = "the rows of its layer are not the examples, in any layout that is known"
 
 
@@ -72,9 +74,10 @@ def probe_routes(
     model: nn.Module,
     inputs: Any,
     *,
-    params: list[str] | None = None,
+    params: Iterable[str] | None = None,
     forward_fn: ForwardFn | None = None,
     method: GramMethod = "auto",
+    budget: int | None = None,
 ) -> tuple[Routes, Coverage]:
     """Choose and verify the route of every parameter on a few examples of `inputs`.
 
@@ -84,6 +87,7 @@ def probe_routes(
         params: Parameter names; all trained ones if not given.
         forward_fn: The model's call.
         method: "auto" uses layer rules where they are exact; "autograd" uses none.
+        budget: Bytes that the job may take; a model with so many outputs that a few examples exceed them is refused.
 
     Returns:
         The routes, and the report.
@@ -103,9 +107,10 @@ def probe_routes(
         return forward_rows(model, batch, forward_fn)
 
     with undisturbed(model):
-        outputs = run(pair)
-        check_rows_are_functions(model, pair, outputs, run)
-        truth = _Truth(run(four), parameters)
+        outputs = first_rows(four, run)
+        _check_width(outputs, budget)
+        check_rows_are_functions(model, four, outputs, run)
+        truth = _Truth(outputs, parameters)
         ruled = frozenset(parameters) if method == "auto" else frozenset()
         reasons = {} if method == "auto" else dict.fromkeys(parameters, "method='autograd' was asked for")
         routes = Routes(parameters, ruled, Plan(), "loop", forward_fn, working_dtype(parameters))
@@ -141,13 +146,25 @@ def probe_routes(
     )
 
 
+def _check_width(outputs: Tensor, budget: int | None) -> None:
+    """Refuse to probe what cannot be held: the last layer's gradients alone are (examples, C, C)."""
+    needed = 2 * outputs.numel() * outputs.shape[1] * outputs.element_size()
+    if budget is not None and needed > budget:
+        raise InputError(
+            f"The model has {outputs.shape[1]:,} outputs per example; gradients of all of them for the probe alone take "
+            f"{format_bytes(needed)}, more than max_memory ({format_bytes(budget)}). Take outputs='class=k', fewer outputs by "
+            "`forward_fn`, or NTKOperator."
+        )
+
+
 class _Truth:
     """Autograd's gradient of a random combination of the probe's outputs."""
 
     def __init__(self, outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         generator = torch.Generator().manual_seed(0)
         self.weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        grads = torch.autograd.grad(outputs, list(parameters.values()), self.weights, allow_unused=True)
+        # Retained: a user's module may keep what it computed from parameters for the next call (parametrize.cached).
+        grads = torch.autograd.grad(outputs, list(parameters.values()), self.weights, allow_unused=True, retain_graph=True)
         self.grads = dict(zip(parameters, grads, strict=True))
         for name, grad in self.grads.items():
             if grad is not None:
@@ -155,10 +172,12 @@ class _Truth:
                     f"The gradient in `{name}`", grad, "The weights are finite, so activations overflow: check inputs, or use float64."
                 )
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs.dtype, 0.1)
+        # The least precise of all dtypes in use sets what can be expected.
+        dtypes = {outputs.dtype, *(parameter.dtype for parameter in parameters.values())}
+        self._tolerance = max({torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1) for dtype in dtypes)
         # A gradient that is zero but for rounding (a key's bias in attention) has no scale of its own.
         total = sum(float(grad.detach().double().square().sum()) for grad in grads if grad is not None) ** 0.5
-        self._floor = 30 * torch.finfo(outputs.dtype).eps * total + torch.finfo(outputs.dtype).tiny
+        self._floor = 30 * max(torch.finfo(dtype).eps for dtype in dtypes) * total + torch.finfo(outputs.dtype).tiny
 
     def is_idle(self, name: str) -> bool:
         """Say whether a parameter has no way to the output.
@@ -171,12 +190,13 @@ class _Truth:
         """
         return self.grads[name] is None
 
-    def accepts(self, name: str, actual: Tensor | None) -> bool:
+    def accepts(self, name: str, actual: Tensor | None, *, tolerance: float | None = None) -> bool:
         """Compare a gradient with autograd's.
 
         Args:
             name: The parameter.
             actual: The gradient; None for zero.
+            tolerance: Relative; by the dtypes in use if not given.
 
         Returns:
             Whether they agree to rounding.
@@ -186,7 +206,7 @@ class _Truth:
             given = actual if expected is None else expected
             return given is None or not bool(given.any())
         gap = float(torch.linalg.vector_norm(actual.reshape(expected.shape).to(expected) - expected))
-        return gap <= self._tolerance * float(torch.linalg.vector_norm(expected)) + self._floor
+        return gap <= (self._tolerance if tolerance is None else tolerance) * float(torch.linalg.vector_norm(expected)) + self._floor
 
 
 @dataclass(frozen=True)
@@ -302,7 +322,14 @@ def _row_route(model: nn.Module, pair: Any, routes: Routes) -> RowRoute:
 
 def _check_whole(pulled: Mapping[str, Tensor], truth: _Truth) -> None:
     """Compare the Jacobian that the job will use with autograd."""
-    differing = [name for name in truth.grads if not truth.accepts(name, pulled.get(name))]
+    differing = [name for name in truth.grads if not truth.accepts(name, pulled.get(name), tolerance=LOWEST_PRECISION)]
+    rough = [name for name in truth.grads if not truth.accepts(name, pulled.get(name))]
+    if rough and not differing:
+        warnings.warn(
+            f"The Jacobian in {', '.join(f'`{name}`' for name in rough)} agrees with autograd's to {LOWEST_PRECISION:.0%} only: the model "
+            "computes in a lower precision than its outputs have (autocast?). The kernel is as imprecise.",
+            stacklevel=4,
+        )
     if differing:
         raise InputError(
             f"The Jacobian in {', '.join(f'`{name}`' for name in differing)} differs from autograd's on a few of the examples, by every "

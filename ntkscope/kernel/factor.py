@@ -78,6 +78,24 @@ class OuterFactor:
             return self
         return OuterFactor(self.grads * self.patterns[:, None], self.inputs, self.part, self.transposed)
 
+    def restricted(self, start: int, stop: int) -> "OuterFactor":
+        """Keep some of the parameter's rows.
+
+        Args:
+            start: First row.
+            stop: Row after the last; both inside `part`.
+
+        Returns:
+            Views.
+        """
+        if (start, stop) == (self.part.start, self.part.stop):
+            return self
+        rows, part = slice(start - self.part.start, stop - self.part.start), slice(start, stop)
+        if self.transposed:  # never of tokens: their part is the whole table
+            return OuterFactor(self.grads, self.inputs[:, :, rows], part, True, self.patterns)
+        patterns = None if self.patterns is None else self.patterns[:, rows]
+        return OuterFactor(self.grads[:, :, rows], self.inputs, part, False, patterns)
+
     def diagonal(self, precond: Tensor) -> Tensor:
         """Cut M for this factor out of M for the parameter.
 

@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, check_choice, check_device, check_finite
+from ntkscope._checks import InputError, check_choice, check_device, check_finite, check_memory
 from ntkscope._display import Displayed
 from ntkscope._types import BatchNormMode, ForwardFn, GramMethod, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take, to_device
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, mirror
 from ntkscope.kernel.capture import batch_norm_statistics, full_precision, undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.model import forward_rows
+from ntkscope.kernel.model import check_module, forward_rows
 from ntkscope.kernel.precond import Precond, check_precond
 from ntkscope.kernel.ranks import Ranks
-from ntkscope.kernel.readout import check_kind, make_readout
+from ntkscope.kernel.readout import check_kind, check_targets, make_readout
 
 ACCUMULATE = (torch.float32, torch.float64)
 
@@ -114,7 +114,10 @@ def ntk_gram(
     Source:
         theory.md section 1; Jacot et al. 2018. Memory is O(N² + factors); the N x p Jacobian is never formed for layers with a rule.
     """
+    check_module(model)
     check_kind(outputs)
+    check_targets(outputs, other=other, targets=targets, other_targets=other_targets, loss=loss)
+    budget = check_memory(max_memory, DEFAULT_MEMORY)
     check_choice("method", method, get_args(GramMethod))
     check_choice("bn", bn, get_args(BatchNormMode))
     if dtype is not None and dtype not in ACCUMULATE:
@@ -133,7 +136,7 @@ def ntk_gram(
     readout = make_readout(outputs, forward_fn=forward_fn, loss=loss)
     ranks = Ranks.here(enabled=distributed)
     with full_precision(), batch_norm_statistics(model, bn, lambda: readout(model, batch)):
-        routes, coverage = probe_routes(model, batch, params=None if params is None else list(params), forward_fn=readout, method=method)
+        routes, coverage = probe_routes(model, batch, params=params, forward_fn=readout, method=method, budget=budget)
         if dtype is torch.float64:
             routes = routes.with_dtype(torch.float64)
         checked = None if precond is None else check_precond(precond, routes.parameters)
@@ -148,7 +151,7 @@ def ntk_gram(
                 coverage=coverage,
                 outputs=outputs,
                 precond=checked,
-                budget=DEFAULT_MEMORY if max_memory is None else max_memory,
+                budget=budget,
                 progress=progress,
                 accumulate=torch.float64 if dtype is None else dtype,
                 groups=groups,
@@ -174,15 +177,9 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _complete(batch: Any, targets: Any, outputs: KernelOutputs, name: str) -> Any:
-    """Join inputs and targets where the kind needs both; check that targets come with "loss" and only with it."""
-    if outputs != "loss":
-        if targets is not None:
-            raise InputError(f"`{name}` goes with outputs='loss' only, got outputs={outputs!r}.")
+    """Join inputs and targets where the kind needs both."""
+    if outputs != "loss" or batch is None:
         return batch
-    if batch is None:
-        return None
-    if targets is None:
-        raise InputError(f"outputs='loss' needs `{name}`, one per example: the kernel is that of per-example loss gradients.")
     if count_examples(batch) != count_examples(targets):
         raise InputError(f"`{name}` must have one entry per example, got {count_examples(targets)} for {count_examples(batch)} examples.")
     return batch, targets

@@ -68,9 +68,19 @@ def _add_part(model: nn.Module, batch: Any, routes: Routes, store: Store, exampl
         raise UnlikeProbe("the model calls other layers on some examples than on others")
     num_classes = outputs.shape[1]
     collector = Collector(store, watch, examples, num_classes)
+    mine = _random_half(len(outputs))
     for index in range(num_classes):
         is_last = index == num_classes - 1 and not routes.idle_parameters
-        collector.add_class(index, class_grads(outputs, index, watch.calls, retain=not is_last))
+        if index == 0 and bool(mine.any()):
+            # In two passes, so that what the probe learned of two examples is confirmed on these: see `Collector.check_apart`.
+            kept = mine.to(outputs.device, outputs.dtype)[:, None]
+            first = class_grads(outputs * kept, index, watch.calls, retain=True)
+            collector.check_apart(first, mine)
+            second = class_grads(outputs * (1 - kept), index, watch.calls, retain=not is_last)
+            grads = [a if b is None else b if a is None else a + b for a, b in zip(first, second, strict=True)]
+        else:
+            grads = class_grads(outputs, index, watch.calls, retain=not is_last)
+        collector.add_class(index, grads)
     _check_idle(outputs, routes.idle_parameters)
     collector.finish()
     if rest := routes.row_parameters:
@@ -78,6 +88,14 @@ def _add_part(model: nn.Module, batch: Any, routes: Routes, store: Store, exampl
         for name, own in rows.items():
             store.rows_of(name, num_classes)[examples] = own
     return outputs.detach()
+
+
+def _random_half(num_examples: int) -> Tensor:
+    """Mark about half of the examples; none of one, which cannot be mistaken for another."""
+    if num_examples == 1:
+        return torch.zeros(1, dtype=torch.bool)
+    half = torch.randperm(num_examples, generator=torch.Generator().manual_seed(num_examples)) < num_examples // 2
+    return half
 
 
 def class_grads(outputs: Tensor, index: int, calls: list[Call], *, retain: bool) -> list[Tensor | None]:
@@ -102,6 +120,6 @@ def _check_idle(outputs: Tensor, idle: Mapping[str, nn.Parameter]) -> None:
     """Check that parameters which reached no output of the probe reach none here either."""
     if not idle:
         return
-    grads = torch.autograd.grad(outputs.sum(), list(idle.values()), allow_unused=True)
+    grads = torch.autograd.grad(outputs.sum(), list(idle.values()), allow_unused=True, retain_graph=True)
     if any(grad is not None and bool(grad.any()) for grad in grads):
         raise UnlikeProbe("some examples use parameters that others do not")

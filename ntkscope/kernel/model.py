@@ -42,7 +42,22 @@ def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = No
             f"The model's output must have one row per example: the batch has {num_examples} examples, "
             f"the output has shape {tuple(outputs.shape)}. The loss belongs in `loss=`, not in the model."
         )
+    if outputs.numel() == 0:
+        raise InputError(f"The model must have at least one output per example, got shape {tuple(outputs.shape)}.")
     return outputs.reshape(num_examples, -1)
+
+
+def check_module(model: object) -> None:
+    """Check that a model is a module.
+
+    Args:
+        model: What the user gave.
+
+    Raises:
+        InputTypeError: If it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}. For another call give `forward_fn`.")
 
 
 def select_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
@@ -57,12 +72,24 @@ def select_parameters(model: nn.Module, names: Iterable[str] | None = None) -> d
 
     Raises:
         InputError: If there is none, a name is unknown, or a weight is not finite.
-        UnsupportedError: If a parameter is complex or not yet initialized.
+        InputTypeError: If the model is no module, or `names` is a text.
+        UnsupportedError: If a parameter is complex or not yet initialized, or an embedding has sparse gradients or a maximal norm.
     """
+    check_module(model)
+    if isinstance(names, str):
+        raise InputTypeError(f"`params` must be a list of names, got the text {names!r}. Give [{names!r}].")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.sparse or module.max_norm is not None):
+            raise UnsupportedError(
+                f"Layer `{name}` has sparse=True or max_norm: sparse gradients are not supported, and max_norm rewrites weights in every "
+                "forward pass. Set sparse=False and max_norm=None for the kernel; the weights may stay as they are."
+            )
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if names is not None:
         wanted = list(names)
         unknown = sorted(set(wanted) - set(trainable))
+        if not wanted:
+            raise InputError("`params` is empty: name at least one parameter, or leave it out to take all.")
         if unknown:
             raise InputError(f"`params` names {unknown}, which the model does not train. It trains: {', '.join(trainable) or 'nothing'}.")
         trainable = {name: trainable[name] for name in wanted}

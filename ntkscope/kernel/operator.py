@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, InputTypeError, check_finite, check_number
+from ntkscope._checks import InputError, InputTypeError, check_finite, check_memory
 from ntkscope._types import ForwardFn, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
@@ -19,8 +19,8 @@ from ntkscope.kernel.model import select_parameters, working_dtype
 from ntkscope.kernel.precond import Precond, check_precond
 from ntkscope.kernel.product_routes import choose_routes, ends
 from ntkscope.kernel.products import JvpMethod, RowFunction, Tangents, pull, push
-from ntkscope.kernel.readout import check_kind, make_readout
-from ntkscope.kernel.rows import check_rows_are_functions, saved_bytes
+from ntkscope.kernel.readout import check_kind, check_targets, make_readout
+from ntkscope.kernel.rows import check_rows_are_functions, first_rows, saved_bytes
 from ntkscope.kernel.top_eig import EigSolver, TopEigenpairs, top_eigenpairs
 
 LARGEST_CHUNK = 64  # vectors; with more, a pass costs as much a vector, and activations of fewer examples fit
@@ -86,9 +86,8 @@ class NTKOperator(LinearOperator):
         max_memory: int | None = None,
     ) -> None:
         check_kind(outputs)
-        _check_targets(outputs, other=other, targets=targets, other_targets=other_targets, loss=loss)
-        self._budget = DEFAULT_MEMORY if max_memory is None else max_memory
-        check_number("max_memory", self._budget, low=1)
+        check_targets(outputs, other=other, targets=targets, other_targets=other_targets, loss=loss)
+        self._budget = check_memory(max_memory, DEFAULT_MEMORY)
         parameters = select_parameters(model, params)
         self._function = RowFunction(model, make_readout(outputs, forward_fn=forward_fn, loss=loss), parameters)
         self._working = working_dtype(parameters)
@@ -102,7 +101,7 @@ class NTKOperator(LinearOperator):
         self._num_rows, self._num_columns = count_examples(self._rows), count_examples(self._columns)
         with undisturbed(model):
             pair = ends(self._rows)
-            probe = self._function.rows(pair)
+            probe = first_rows(pair, self._function.rows)
             check_rows_are_functions(model, pair, probe, self._function.rows)
             self._bytes_per_example = saved_bytes(model, pair, self._function.rows)
             with torch.no_grad():
@@ -248,18 +247,3 @@ class NTKOperator(LinearOperator):
         """Examples taken at once: activations of the model, and as much again for each vector."""
         step = max(1, self._budget // 2 // (self._bytes_per_example * (1 + num_vectors)))
         return [slice(start, start + step) for start in range(0, num_examples, step)]
-
-
-def _check_targets(outputs: KernelOutputs, *, other: Any, targets: Any, other_targets: Any, loss: object) -> None:
-    """Check that targets are there for the loss kernel, and for no other kind."""
-    if outputs != "loss":
-        given = [name for name, value in (("targets", targets), ("other_targets", other_targets), ("loss", loss)) if value is not None]
-        if given:
-            raise InputError(f"`{given[0]}` is for outputs='loss', got outputs={outputs!r}. Leave it out, or ask for outputs='loss'.")
-        return
-    if targets is None:
-        raise InputError("outputs='loss' needs `targets`, those of `inputs`.")
-    if other is not None and other_targets is None:
-        raise InputError("outputs='loss' with `other` needs `other_targets` too, those of `other`.")
-    if other is None and other_targets is not None:
-        raise InputError("`other_targets` belong to `other`, which is not given.")

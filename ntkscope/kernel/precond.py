@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, check_finite
+from ntkscope._checks import InputError, InputTypeError, check_finite
 
 Precond = Mapping[str, Tensor | float]
 
@@ -21,13 +21,22 @@ def check_precond(precond: Precond, parameters: dict[str, nn.Parameter]) -> dict
         M for exactly these parameters, in their order.
 
     Raises:
+        InputTypeError: If it is no dict, or a value is no real tensor or number.
         InputError: If a parameter is missing, a shape differs, or an entry is negative or not finite.
     """
+    if not isinstance(precond, Mapping):
+        raise InputTypeError(f"`precond` must be a dict of parameter names to tensors or numbers, got {type(precond).__name__}.")
     missing = sorted(set(parameters) - set(precond))
     if missing:
         raise InputError(f"`precond` must name every parameter of the kernel, missing: {', '.join(missing)}.")
+    checked: dict[str, Tensor | float] = {}
     for name, parameter in parameters.items():
-        value = torch.as_tensor(precond[name])
+        try:
+            value = torch.as_tensor(precond[name]).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputTypeError(f"`precond[{name!r}]` must be a tensor or a number, got {type(precond[name]).__name__}.") from error
+        if value.is_complex():
+            raise InputTypeError(f"`precond[{name!r}]` must be real, got {value.dtype}.")
         if value.shape not in (parameter.shape, torch.Size([])):
             raise InputError(
                 f"`precond[{name!r}]` must be one number or have the parameter's shape {tuple(parameter.shape)}, got {tuple(value.shape)}."
@@ -35,4 +44,5 @@ def check_precond(precond: Precond, parameters: dict[str, nn.Parameter]) -> dict
         check_finite(f"`precond[{name!r}]`", value, "Check the optimizer's state.")
         if bool((value < 0).any()):
             raise InputError(f"`precond[{name!r}]` must be nonnegative, got {float(value.min()):.3g}: J M Jᵀ would not be a kernel.")
-    return {name: precond[name] for name in parameters}
+        checked[name] = float(value) if value.ndim == 0 else value
+    return checked

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ntkscope._checks import check_memory
 from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, KernelOutputs
 from ntkscope.kernel.batch import count_examples, take
@@ -113,13 +114,12 @@ def price_gram(
     Source:
         theory.md section 1 (costs); `ntkscope.kernel.contract` has the table of contractions.
     """
-    names = None if params is None else list(params)
-    budget = DEFAULT_MEMORY if max_memory is None else max_memory
+    budget = check_memory(max_memory, DEFAULT_MEMORY)
     num_examples = count_examples(inputs)
     trace = outputs == "trace"
     readout = make_readout(outputs, forward_fn=forward_fn)
     with full_precision():
-        routes, coverage = probe_routes(model, inputs, params=names, forward_fn=readout)
+        routes, coverage = probe_routes(model, inputs, params=params, forward_fn=readout, budget=budget)
         tiling = plan_tiles(num_examples, None, coverage, trace=trace, budget=budget, itemsize=ITEMSIZE)
         block = take(inputs, slice(0, BLOCK_EXAMPLES))
         precond = {name: torch.ones_like(parameter) for name, parameter in routes.parameters.items()} if weighted else None

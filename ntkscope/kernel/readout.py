@@ -63,7 +63,13 @@ def make_readout(outputs: KernelOutputs, *, forward_fn: ForwardFn | None = None,
         def read_loss(model: nn.Module, batch: Any) -> Tensor:
             inputs, targets = batch
             rows = forward_rows(model, inputs, forward_fn)
-            values = [function(rows[i : i + 1], take(targets, slice(i, i + 1))) for i in range(len(rows))]
+            try:
+                values = [function(rows[i : i + 1], take(targets, slice(i, i + 1))) for i in range(len(rows))]
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                reason = (str(error).strip().splitlines() or [""])[0]
+                raise InputError(f"The loss failed on one example: {reason}. Check the targets' shape, dtype and range.") from error
+            if not all(isinstance(value, Tensor) for value in values):
+                raise InputTypeError(f"`loss` must return a tensor, got {type(values[0]).__name__}. Do not call .item() in it.")
             if any(value.numel() != 1 for value in values):
                 raise InputError(
                     f"`loss` must return one number for a batch, got shape {tuple(values[0].shape)}. Reduce it, by mean or sum."
@@ -83,6 +89,32 @@ def make_readout(outputs: KernelOutputs, *, forward_fn: ForwardFn | None = None,
         return rows[:, index : index + 1]
 
     return read
+
+
+def check_targets(outputs: KernelOutputs, *, other: Any, targets: Any, other_targets: Any, loss: object) -> None:
+    """Check that targets are there for the loss kernel, and for no other kind.
+
+    Args:
+        outputs: The kind.
+        other: Second batch, or None.
+        targets: Of the first batch.
+        other_targets: Of the second.
+        loss: The loss.
+
+    Raises:
+        InputError: If one is missing, or given for another kind.
+    """
+    if outputs != "loss":
+        given = [name for name, value in (("targets", targets), ("other_targets", other_targets), ("loss", loss)) if value is not None]
+        if given:
+            raise InputError(f"`{given[0]}` is for outputs='loss', got outputs={outputs!r}. Leave it out, or ask for outputs='loss'.")
+        return
+    if targets is None:
+        raise InputError("outputs='loss' needs `targets`, those of `inputs`.")
+    if other is not None and other_targets is None:
+        raise InputError("outputs='loss' with `other` needs `other_targets` too, those of `other`.")
+    if other is None and other_targets is not None:
+        raise InputError("`other_targets` belong to `other`, which is not given.")
 
 
 def _loss_function(loss: object) -> LossFn:

@@ -1,48 +1,89 @@
 """What must hold of a model's output rows before its kernel means anything, and what a forward pass keeps in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UnsupportedError
-from ntkscope.kernel.batch import take
+from ntkscope._checks import InputError, UnsupportedError, UserError
+from ntkscope.kernel.batch import batch_tensors, take
 
 UNKNOWN_BYTES = 2**40  # of one example, where they cannot be counted: it is then taken alone
 
 
-def check_rows_are_functions(model: nn.Module, pair: Any, outputs: Tensor, run: Callable[[Any], Tensor]) -> None:
-    """Check that an output row is a function of its own input row and of the parameters, and of nothing else.
+def first_rows(batch: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    """Run the model for the first time: what fails here is the input's fault.
 
     Args:
-        model: Any module, inside `undisturbed`.
-        pair: One or two examples.
-        outputs: Their rows, in the autograd graph.
+        batch: A few examples.
         run: From a batch to its rows.
 
+    Returns:
+        Rows, in the autograd graph.
+
     Raises:
-        UnsupportedError: If the rows depend on no parameter.
-        InputError: If they are random, or one changes when another does.
+        InputError: If the model raises, or its outputs are not finite.
+        UserError: As the model's readout raises it.
+        UnsupportedError: If the rows depend on no parameter, or on some in a way that gradients cannot be taken of.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("Inside torch.inference_mode() nothing can be differentiated. Call this outside of it.")
+    try:
+        outputs = run(batch)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"The model failed on the first examples of the batch: {type(error).__name__}: {reason}. Check the inputs' shape, dtype and "
+            "device, or give the model's call as `forward_fn(model, batch)`."
+        ) from error
     if not outputs.requires_grad:
         raise UnsupportedError(
             "The model's output depends on none of its trained parameters (a torch.no_grad or detach inside the model?), "
             "so its tangent kernel is zero. Check the forward pass."
         )
-    first = outputs.detach()
-    tolerance = (1e-8 if first.dtype == torch.float64 else 1e-3) * max(float(first.abs().max()), torch.finfo(first.dtype).tiny)
-    with torch.no_grad():
-        again = run(pair).detach()
-        repeated = run(take(pair, torch.tensor([0, 0]))).detach()
-    gap = float((again - first).abs().max())
-    if gap > tolerance:
+    if not bool(torch.isfinite(outputs).all()):
+        is_input = any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in batch_tensors(batch))
+        culprit = "The inputs hold NaN" if is_input else "Weights are finite, so activations overflow"
         raise InputError(
-            f"The model gives another output every time it is called, also in evaluation mode (by {gap:.1e}): its kernel is a random "
-            "number. Switch its randomness off (dropout called as a function needs training=self.training), or fix its seed."
+            f"The model's outputs must be finite, but those of the first examples are not. {culprit}: clean them, or use float64."
         )
-    gap = float((repeated[0] - first[0]).abs().max())
-    if gap > tolerance:
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in _graph(outputs)):
+        raise UnsupportedError(
+            "The model uses torch.utils.checkpoint with use_reentrant=True, which hides parameters from torch.autograd.grad. "
+            "Set use_reentrant=False."
+        )
+    return outputs
+
+
+def check_rows_are_functions(model: nn.Module, batch: Any, outputs: Tensor, run: Callable[[Any], Tensor]) -> None:
+    """Check that an output row is a function of its own input row and of the parameters, and of nothing else.
+
+    Args:
+        model: Any module, inside `undisturbed`.
+        batch: A few examples.
+        outputs: Their rows.
+        run: From a batch to its rows.
+
+    Raises:
+        InputError: If rows are random, or depend on their neighbours or their place.
+    """
+    rows = outputs.detach()
+    tolerance = (1e-8 if rows.dtype == torch.float64 else 1e-3) * max(float(rows.abs().max()), torch.finfo(rows.dtype).tiny)
+    with torch.no_grad():
+        again = run(batch).detach()
+        gap = float((again - rows).abs().max())
+        if gap > tolerance:
+            raise InputError(
+                f"The model gives another output every time it is called, also in evaluation mode (by {gap:.1e}): its kernel is a random "
+                "number. Switch its randomness off (dropout called as a function needs training=self.training), or fix its seed."
+            )
+        # Each row beside itself only: other neighbours, and for all but one another place.
+        gaps = [float((run(take(batch, torch.tensor([i, i]))).detach() - rows[i]).abs().max()) for i in range(len(rows))]
+    worst = max(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[worst] > tolerance:
         norms = [
             name
             for name, module in model.named_modules()
@@ -50,9 +91,21 @@ def check_rows_are_functions(model: nn.Module, pair: Any, outputs: Tensor, run: 
         ]
         culprit = f"BatchNorm without running statistics: {', '.join(norms)}" if norms else "batch statistics or a contrastive head?"
         raise InputError(
-            f"Output rows must depend on their own input row only, but row 0 changed by {gap:.1e} when another row did ({culprit}). "
-            "The kernel between examples is not defined then. Use a layer without batch statistics, or take the outputs before it."
+            f"Output rows must depend on their own input row only, but row {worst} changed by {gaps[worst]:.1e} when its neighbours did "
+            f"({culprit}). The kernel between examples is not defined then. Use no batch statistics, or take the outputs before them."
         )
+
+
+def _graph(outputs: Tensor) -> Iterator[object]:
+    """Iterate over the nodes of an autograd graph."""
+    seen: set[object] = set()
+    waiting = [outputs.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield node
 
 
 def saved_bytes(model: nn.Module, batch: Any, run: Callable[[Any], Tensor]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError
+from ntkscope.kernel.batch import count_examples
 from ntkscope.record.checkpoint import load_checkpoint
 
 DATA_KEYS = (("inputs", "targets"), ("x", "y"), ("X", "y"))
@@ -88,13 +89,25 @@ def load_data(spec: str) -> tuple[Any, Tensor]:
         content = load_checkpoint(Path(spec))
     else:
         content = _call(spec)
+    pair = _find_pair(content)
+    if pair is None:
+        raise InputError(f"Data SPEC {spec!r} must give a pair (inputs, targets), or a file with the entries `inputs` and `targets`.")
+    inputs, targets = pair
+    if count_examples(inputs) != len(targets):
+        raise InputError(
+            f"Data SPEC {spec!r} gives {count_examples(inputs)} inputs, but {len(targets)} targets. Give one target per input."
+        )
+    return inputs, targets
+
+
+def _find_pair(content: Any) -> tuple[Any, Tensor] | None:
+    """Find inputs and targets in what was loaded."""
     if isinstance(content, Mapping):
-        for keys in DATA_KEYS:
-            if all(key in content for key in keys):
-                return content[keys[0]], torch.as_tensor(content[keys[1]])
-    elif isinstance(content, tuple | list) and len(content) == 2:
+        found = next((keys for keys in DATA_KEYS if all(key in content for key in keys)), None)
+        return None if found is None else (content[found[0]], torch.as_tensor(content[found[1]]))
+    if isinstance(content, tuple | list) and len(content) == 2:
         return content[0], torch.as_tensor(content[1])
-    raise InputError(f"Data SPEC {spec!r} must give a pair (inputs, targets), or a file with the entries `inputs` and `targets`.")
+    return None
 
 
 def _call(spec: str) -> Any:
@@ -104,7 +117,7 @@ def _call(spec: str) -> Any:
         raise InputError(f"SPEC {spec!r} names a {type(function).__name__}, not a callable.")
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"SPEC {spec!r} failed when called without arguments: {type(error).__name__}: {error}.") from error
 
 
