@@ -52,6 +52,7 @@ def contract(
         names: Parameters to take; all if not given.
     """
     is_same = left is right
+    products = _Products(total, left, trace, is_same)  # of everything that is multiplied as gradients
     for name in left.shapes:
         if names is not None and name not in names:
             continue
@@ -59,14 +60,22 @@ def contract(
         if isinstance(scale, Tensor):
             scale = scale.to(left.outputs.device, left.dtype)
         if name in left.rows and name in right.rows:
-            _add_rows(total, left.rows[name], right.rows[name], scale, trace, chunk_bytes, is_same)
+            _add_rows(products, left.rows[name], right.rows[name], scale, chunk_bytes)
         for factor in left.factors.get(name, []):
             for other in right.factors.get(name, []):
-                _add_factors(total, factor, other, scale, trace, chunk_bytes, is_same and factor is other)
+                _add_factors(total, products, factor, other, scale, trace, chunk_bytes, is_same and factor is other)
+    products.finish()
 
 
 def _add_factors(
-    total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool
+    total: Tensor,
+    products: "_Products",
+    left: OuterFactor,
+    right: OuterFactor,
+    scale: Tensor | float,
+    trace: bool,
+    chunk_bytes: int,
+    is_same: bool,
 ) -> None:
     """Choose the contraction of two factors of one parameter."""
     if left.is_token != right.is_token:
@@ -99,7 +108,7 @@ def _add_factors(
     joined = left.joined()
     left, right = joined, joined if right is left else right.joined()
     if way == "gradients":
-        _add_gradients(total, left, right, plain if weight is None else weight, trace, chunk_bytes, is_same, tokens)
+        _add_gradients(products, left, right, plain if weight is None else weight, chunk_bytes, is_same, tokens)
     else:
         add = _add_grams if way == "grams" else _add_positions
         add(total, left, right, plain, trace, chunk_bytes, is_same)
@@ -141,25 +150,23 @@ def _add_tied(total: Tensor, left: OuterFactor, right: OuterFactor, scale: Tenso
         total[where] += block if isinstance(scale, Tensor) else scale * block
 
 
-def _add_rows(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, trace: bool, chunk_bytes: int, is_same: bool) -> None:
+def _add_rows(products: "_Products", left: Tensor, right: Tensor, scale: Tensor | float, chunk_bytes: int) -> None:
     """Multiply plain gradient rows, in chunks of columns."""
     width = left.shape[2]
     flat = scale.flatten() if isinstance(scale, Tensor) else None
     # Views need no chunks, but a weighted copy does.
-    step = width if flat is None else max(1, min(chunk_bytes, CACHE_BYTES) // (left.shape[:2].numel() * left.element_size()))
-    products = _Products(total, left, right, 1.0 if isinstance(scale, Tensor) else scale, trace, is_same)
+    is_view = flat is None and scale == 1.0
+    step = width if is_view else max(1, min(chunk_bytes, CACHE_BYTES) // (left.shape[:2].numel() * left.element_size()))
     for columns in _slices(width, step):
         first = left[:, :, columns]
-        products.add(first if flat is None else first * flat[columns], right[:, :, columns])
-    products.finish()
+        products.add(first if is_view else first * (scale if flat is None else flat[columns]), right[:, :, columns])
 
 
 def _add_gradients(
-    total: Tensor,
+    products: "_Products",
     left: OuterFactor,
     right: OuterFactor,
     weight: Tensor | float,
-    trace: bool,
     chunk_bytes: int,
     is_same: bool,
     tokens: Tensor | None,
@@ -167,12 +174,12 @@ def _add_gradients(
     """Form per-output weight gradients, a chunk of columns at a time, weighted by M."""
     num_units = left.grads.shape[2]
     num_inputs = left.inputs.shape[2] if tokens is None else len(tokens)
-    num_rows = left.grads.shape[:2].numel() * (2 if isinstance(weight, Tensor) else 1)
+    is_weighted = isinstance(weight, Tensor) or weight != 1.0
+    num_rows = left.grads.shape[:2].numel() * (2 if is_weighted else 1)
     num_rows += 0 if is_same else right.grads.shape[:2].numel()
     columns = max(1, min(chunk_bytes, CACHE_BYTES) // (num_rows * left.grads.element_size()))
     inputs_step = min(num_inputs if tokens is None else TOKENS_AT_ONCE, columns)
     units_step = max(1, columns // inputs_step)
-    products = _Products(total, left.grads, right.grads, 1.0 if isinstance(weight, Tensor) else weight, trace, is_same)
     for inputs in _slices(num_inputs, inputs_step):
         where = inputs if tokens is None else tokens[inputs]
         first_inputs = _activations(left, where)
@@ -180,8 +187,8 @@ def _add_gradients(
         for units in _slices(num_units, units_step):
             first = _weight_gradients(left, units, first_inputs)
             second = first if is_same else _weight_gradients(right, units, second_inputs)
-            products.add(first * weight[units, where].flatten() if isinstance(weight, Tensor) else first, second)
-    products.finish()
+            scale = weight[units, where].flatten() if isinstance(weight, Tensor) else weight
+            products.add(first * scale if is_weighted else first, second)
 
 
 def _activations(factor: OuterFactor, where: slice | Tensor) -> Float[Tensor, "examples positions inputs"]:
@@ -190,17 +197,17 @@ def _activations(factor: OuterFactor, where: slice | Tensor) -> Float[Tensor, "e
 
 
 class _Products:
-    """Adds up scale * left @ rightᵀ over chunks of columns; only the blocks on and below the diagonal where both sides are one block.
+    """Adds up left @ rightᵀ over chunks of columns; only the blocks on and below the diagonal where both sides are one block.
 
     Chunks are added inside the matrix product, in the factors' precision, and go to `total`, of higher precision, now and then.
     """
 
-    def __init__(self, total: Tensor, left: Tensor, right: Tensor, scale: float, trace: bool, is_same: bool) -> None:
-        self._total, self._scale, self._trace = total, scale, trace
-        self._sum = left.new_zeros(total.shape)
-        num_blocks = min(ROW_BLOCKS, -(-len(self._sum) // SMALLEST_BLOCK)) if is_same else 1
-        columns = _slices(self._sum.shape[1], -(-self._sum.shape[1] // num_blocks))
-        self._blocks = [(block.start if is_same else 0, block) for block in columns]  # first row, columns
+    def __init__(self, total: Tensor, left: FactoredJacobian, trace: bool, is_same: bool) -> None:
+        self._total, self._trace, self._dtype = total, trace, left.dtype
+        self._sum: Tensor | None = None
+        rows, columns = total.shape
+        num_blocks = min(ROW_BLOCKS, -(-rows // SMALLEST_BLOCK)) if is_same else 1
+        self._blocks = [(block.start if is_same else 0, block) for block in _slices(columns, -(-columns // num_blocks))]
         self._num_columns = 0
 
     def add(self, left: Float[Tensor, "examples classes columns"], right: Float[Tensor, "examples2 classes columns"]) -> None:
@@ -213,14 +220,18 @@ class _Products:
         first, second = _flat(left, self._trace), _flat(right, self._trace)
         if self._num_columns + first.shape[1] > LARGEST_SUM and self._num_columns:
             self.finish()
+        if self._sum is None:
+            self._sum = self._total.new_zeros(self._total.shape, dtype=self._dtype)
         self._num_columns += first.shape[1]
         for start, columns in self._blocks:
             self._sum[start:, columns].addmm_(first[start:], second[columns].T)
 
     def finish(self) -> None:
         """Add what there is to the total, and begin anew."""
+        if self._sum is None or not self._num_columns:
+            return
         for start, columns in self._blocks:
-            self._total[start:, columns].add_(self._sum[start:, columns], alpha=self._scale)
+            self._total[start:, columns] += self._sum[start:, columns]
         self._sum.zero_()
         self._num_columns = 0
 

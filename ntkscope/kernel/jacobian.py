@@ -77,7 +77,7 @@ def _add_part(model: nn.Module, batch: Any, routes: Routes, store: Store, exampl
             first = class_grads(outputs * kept, index, watch.calls, retain=True)
             collector.check_apart(first, mine)
             second = class_grads(outputs * (1 - kept), index, watch.calls, retain=not is_last)
-            grads = [a if b is None else b if a is None else a + b for a, b in zip(first, second, strict=True)]
+            grads = [_sum(first.pop(0), second.pop(0)) for _ in watch.calls]  # what is added up is let go at once
         else:
             grads = class_grads(outputs, index, watch.calls, retain=not is_last)
         collector.add_class(index, grads)
@@ -96,6 +96,13 @@ def _random_half(num_examples: int) -> Tensor:
         return torch.zeros(1, dtype=torch.bool)
     half = torch.randperm(num_examples, generator=torch.Generator().manual_seed(num_examples)) < num_examples // 2
     return half
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Add two gradients, of which None is zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def class_grads(outputs: Tensor, index: int, calls: list[Call], *, retain: bool) -> list[Tensor | None]:
