@@ -37,6 +37,8 @@ def main() -> None:
         alone = ntkscope.ntk_gram(model, inputs, distributed=False)
         layers = ntkscope.ntk_gram(model, inputs, by_layer=True)
         total = sum(layers.by_layer.values())
+        dist.barrier()  # neither leaves while the other still talks
+        dist.destroy_process_group()
         torch.save({"full": full.matrix, "cross": cross.matrix, "alone": alone.matrix, "layers": total}, out / f"rank{rank}.pt")
     except ntkscope.RankError as error:
         (out / f"rank{rank}.txt").write_text(str(error), encoding="utf-8")

@@ -23,8 +23,9 @@ from ntkscope.kernel.precond import Precond
 from ntkscope.kernel.routes import Routes, UnlikeProbe
 
 DEFAULT_MEMORY = 2 * 2**30  # bytes: leaves room on an 8 GiB laptop
-PART_BYTES = 2**24  # of activations: more at once make no backward pass faster,
+PART_BYTES = 2**23  # of activations: more at once make no backward pass faster,
 PART_EXAMPLES = 32  # unless they are few examples
+MIRRORED_AT_ONCE = 512  # rows
 LARGEST_CHUNK = 2**25  # bytes: longer chunks make no product faster, see benchmarks/RESULTS.md
 
 
@@ -149,7 +150,7 @@ def blockwise_gram(
         accumulate=torch.float64 if accumulate is None else accumulate,
         groups=groups,
     )
-    return found[""].to(routes.dtype)
+    return complete(found[""], routes.dtype, is_symmetric=other is None)
 
 
 def blockwise_grams(
@@ -184,7 +185,7 @@ def blockwise_grams(
         part: Which part of how many: tiles are dealt out, and what is not ours stays zero.
 
     Returns:
-        Kernels by group, symmetric ones mirrored where complete; parts of one kernel must be added before `mirror`.
+        Sums by group, in `accumulate`; of a symmetric kernel the lower triangle. Parts are to be added up, then see `complete`.
 
     Raises:
         UnlikeProbe: If some examples take another way through the model even where autograd differentiates every output.
@@ -221,9 +222,6 @@ def blockwise_grams(
             if not routes.ruled:
                 raise
             routes = routes.left_to_autograd()
-    if num_columns is None and part[1] == 1:
-        for total in totals.values():
-            mirror(total)
     return totals
 
 
@@ -364,18 +362,24 @@ def _work(tile: Tile) -> float:
     return 0.5 * size if tile.is_diagonal else float(size)
 
 
-def mirror(matrix: Tensor) -> None:
-    """Copy the lower triangle to the upper one, in place and in blocks.
+def complete(total: Tensor, dtype: torch.dtype, *, is_symmetric: bool) -> Float[Tensor, "rows columns"]:
+    """Round a sum to the kernel's precision, and copy its lower triangle to the upper one.
 
     Args:
-        matrix: Square.
+        total: From `blockwise_grams`.
+        dtype: Of the kernel.
+        is_symmetric: Whether only the lower triangle was filled.
+
+    Returns:
+        The kernel.
     """
-    step = 1024
-    for start in range(0, len(matrix), step):
-        stop = min(start + step, len(matrix))
+    matrix = total.to(dtype)
+    for start in range(0, len(matrix) if is_symmetric else 0, MIRRORED_AT_ONCE):
+        stop = min(start + MIRRORED_AT_ONCE, len(matrix))
         block = matrix[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).T)
         matrix[:start, start:stop] = matrix[start:stop, :start].T
+    return matrix
 
 
 def parameters_device(routes: Routes) -> torch.device:

@@ -13,7 +13,7 @@ from ntkscope._checks import InputError, check_choice, check_device, check_finit
 from ntkscope._display import Displayed
 from ntkscope._types import BatchNormMode, ForwardFn, GramMethod, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take, to_device
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, mirror
+from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, complete
 from ntkscope.kernel.capture import batch_norm_statistics, full_precision, undisturbed
 from ntkscope.kernel.coverage import Coverage, probe_routes
 from ntkscope.kernel.model import check_module, forward_rows
@@ -159,12 +159,10 @@ def ntk_gram(
             )
         for total in totals.values():
             ranks.add_up(total)
-            if ranks.size > 1 and columns is None:
-                mirror(total)
         with undisturbed(model), torch.no_grad():
             num_classes = forward_rows(model, take(inputs if home is None else to_device(inputs, home), slice(0, 1)), forward_fn).shape[1]
-    layers = {name: total.to(routes.dtype) for name, total in totals.items()}
-    matrix = torch.stack(list(totals.values())).sum(dim=0).to(routes.dtype) if by_layer else layers[""]
+    layers = {name: complete(total, routes.dtype, is_symmetric=other is None) for name, total in totals.items()}
+    matrix = torch.stack(list(layers.values())).sum(dim=0) if by_layer else layers[""]
     check_finite("The kernel", matrix, "The weights are finite, so activations overflow: check the inputs, or use float64.")
     return Gram(matrix, num_examples, num_classes, outputs, coverage, layers if by_layer else None)
 
