@@ -227,7 +227,7 @@ BARE = ("step00.pt", "step20.pt")
         ((*BARE, "--model", "specs.py:broken", *SPECS[2:]), "boom"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:empty", "--loss", "cross_entropy"), "n = 0"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:single", "--loss", "cross_entropy"), "n = 1"),
-        ((*BARE, "--model", "specs.py:make", "--data", "specs.py:mismatched", "--loss", "cross_entropy"), "one entry per example"),
+        ((*BARE, "--model", "specs.py:make", "--data", "specs.py:mismatched", "--loss", "cross_entropy"), "4 inputs, but 5 targets"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:no_pair", "--loss", "cross_entropy"), "must give a pair"),
         ((*BARE, *SPECS[:4], "--loss", "hinge"), "`loss` must be one of"),
         ((*BARE, "--model", "specs.py:pair", *SPECS[2:]), "must return a tensor"),

@@ -159,8 +159,10 @@ def ntk_gram(
             )
         for total in totals.values():
             ranks.add_up(total)
-        with undisturbed(model), torch.no_grad():
-            num_classes = forward_rows(model, take(inputs if home is None else to_device(inputs, home), slice(0, 1)), forward_fn).shape[1]
+        num_classes = coverage.num_classes
+        if outputs not in ("full", "trace"):  # the readout has one output
+            with undisturbed(model), torch.no_grad():
+                num_classes = forward_rows(model, take(batch[0] if outputs == "loss" else batch, slice(0, 1)), forward_fn).shape[1]
     layers = {name: complete(total, routes.dtype, is_symmetric=other is None) for name, total in totals.items()}
     matrix = torch.stack(list(layers.values())).sum(dim=0) if by_layer else layers[""]
     check_finite("The kernel", matrix, "The weights are finite, so activations overflow: check the inputs, or use float64.")
@@ -169,7 +171,8 @@ def ntk_gram(
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Copy a model to a device, unless it is there."""
-    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
+    place = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+    if all(tensor.device == place for tensor in (*model.parameters(), *model.buffers())):
         return model
     return copy.deepcopy(model).to(device)
 
