@@ -373,7 +373,7 @@ ONES = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
             ntkscope.InputError,
             r"parameter's shape \(2, 2\)",
         ),
-        (lambda: ntkscope.ntk_gram(linear(), ONES, max_memory=100), ntkscope.InputError, "more than half of max_memory"),
+        (lambda: ntkscope.ntk_gram(linear(), ONES, max_memory=200), ntkscope.InputError, "more than half of max_memory"),
     ],
 )
 def test_bad_input(call, error, message):

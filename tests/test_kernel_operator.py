@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracles import gram as oracle_gram
 from torch import nn
 
+import ntkscope
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError
 from ntkscope.kernel.operator import NTKOperator
 
@@ -240,7 +241,8 @@ def test_model_is_left_as_found_after_an_exception(when):
     op = NTKOperator(model, torch.ones(3, 2))
     weight, rng = model.fc.weight, torch.random.get_rng_state()
     model.fails = True
-    with pytest.raises(RuntimeError, match="mid-forward"):
+    expected = ntkscope.InputError if when == "construction" else RuntimeError
+    with pytest.raises(expected, match="mid-forward"):
         NTKOperator(model, torch.ones(3, 2)) if when == "construction" else op(torch.ones(6))
     assert model.training
     assert model.fc.weight is weight
