@@ -174,6 +174,24 @@ CASES = [
         training=False,
     ),
     Case(
+        "conv_transpose2d_dilated",  # output_padding adds windows that lie on no input pixel
+        lambda: flat(nn.ConvTranspose2d(2, 2, 2, dilation=2, output_padding=1), shape=(2, 3, 2)),
+        features(2, 3, 2),
+        training=True,
+    ),
+    Case(
+        "divided_and_subtracted",
+        lambda: Net(
+            lambda m, x: m.read(torch.tanh(m.fc(x) / m.scale - m.shift)),
+            fc=nn.Linear(3, 4),
+            scale=bare(4),
+            shift=bare(4),
+            read=nn.Linear(4, C),
+        ),
+        features(3),
+        training=False,
+    ),
+    Case(
         "one_image_at_a_time",
         lambda: Net(one_image_at_a_time, conv=nn.Conv2d(2, 3, 2), read=nn.Linear(12, C)),
         features(2, 3, 3),
