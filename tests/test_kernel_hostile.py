@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import ntkscope
+from ntkscope.kernel import blocks
 
 PROBED = [0, 3, 7, 11]
 
@@ -95,6 +96,22 @@ def test_a_layout_that_does_not_hold_for_all_examples(name):
     model = model.double()
     inputs = tuple(part.double() if part.is_floating_point() else part for part in inputs) if isinstance(inputs, tuple) else inputs.double()
     assert_close(ntkscope.ntk_gram(model, inputs).matrix, by_single_examples(model, inputs))
+
+
+def test_memory_is_planned_anew_when_autograd_takes_over(monkeypatch):
+    """Rows of all parameters are much larger than factors: a job that starts again must not keep the tiles of the first try."""
+    plan, planned = blocks.plan_tiles, []
+
+    def note(num_rows, num_columns, coverage, **options):
+        planned.append(coverage.bytes_per_example)
+        return plan(num_rows, num_columns, coverage, **options)
+
+    monkeypatch.setattr(blocks, "plan_tiles", note)
+    _, model, inputs = next(layouts())
+    ntkscope.ntk_gram(model, inputs)
+    assert planned[-1] == 2 * sum(parameter.numel() for parameter in model.parameters()) * 4
+    assert len(planned) == 2
+    assert planned[0] < planned[1]
 
 
 # --- Blocks that use different rows of a weight ---------------------------------------------------------------------------------

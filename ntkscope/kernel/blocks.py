@@ -5,7 +5,7 @@ differentiated (number of row blocks + 1)/2 times on average. One block for all 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -194,10 +194,10 @@ def blockwise_grams(
     width = 1 if trace else coverage.num_classes
     num_rows, num_columns = count_examples(inputs), None if other is None else count_examples(other)
     itemsize = torch.finfo(accumulate).bits // 8 * len(groups)
-    tiling = plan_tiles(num_rows, num_columns, coverage, trace=trace, budget=budget, itemsize=itemsize, num_parts=part[1])
     columns = num_rows if num_columns is None else num_columns
     device = parameters_device(routes)
     while True:
+        tiling = plan_tiles(num_rows, num_columns, coverage, trace=trace, budget=budget, itemsize=itemsize, num_parts=part[1])
         # Allocated anew after a failed try: it may have added up some tiles.
         totals = {name: torch.zeros(num_rows * width, columns * width, dtype=accumulate, device=device) for name in groups}
         try:
@@ -221,7 +221,7 @@ def blockwise_grams(
             # Data-dependent models: what the probe learned on two examples does not hold for all, so autograd takes over.
             if not routes.ruled:
                 raise
-            routes = routes.left_to_autograd()
+            routes, coverage = routes.left_to_autograd(), _as_rows(coverage, routes)
     return totals
 
 
@@ -307,6 +307,12 @@ class _Jacobians:
         return compute_jacobian(self._model, take(batch, examples), self._routes, num_parts=num_parts)
 
 
+def _as_rows(coverage: Coverage, routes: Routes) -> Coverage:
+    """Say what an example's Jacobian takes when autograd differentiates every output: a row of all parameters each."""
+    num_params = sum(parameter.numel() for parameter in routes.parameters.values())
+    return replace(coverage, bytes_per_example=coverage.num_classes * num_params * torch.finfo(routes.dtype).bits // 8)
+
+
 def push_forward(
     model: nn.Module, inputs: Any, tangents: Mapping[str, Tensor], *, routes: Routes, coverage: Coverage, budget: int
 ) -> Float[Tensor, "examples classes"]:
@@ -333,7 +339,8 @@ def push_forward(
     except UnlikeProbe:
         if not routes.ruled:
             raise
-        return push_forward(model, inputs, tangents, routes=routes.left_to_autograd(), coverage=coverage, budget=budget)
+        alone, coverage = routes.left_to_autograd(), _as_rows(coverage, routes)
+        return push_forward(model, inputs, tangents, routes=alone, coverage=coverage, budget=budget)
 
 
 def deal(tiles: tuple[Tile, ...], part: tuple[int, int]) -> list[Tile]:

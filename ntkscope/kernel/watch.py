@@ -141,9 +141,8 @@ class WeightWatch(TorchFunctionMode):
         rule = RULES.get(name)
         num_before = len(self.calls)
         if rule is None:
-            result, output, uses = func(*args, **kwargs), None, ()
-            carries = any(tensor.requires_grad for tensor in _tensors((result, args[:1])))
-            if carries:
+            result = func(*args, **kwargs)
+            if any(tensor.requires_grad for tensor in _tensors((result, args[:1]))):
                 self._refuse(weights, f"it is used by {_full_name(func, name)}, for which there is no rule")
             self._mark_data(result, name, args)
             return result
