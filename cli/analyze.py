@@ -24,6 +24,12 @@ def analyze(
     times: Annotated[str | None, typer.Option(metavar="LIST", help="For bare checkpoints: optimizer times, comma-separated.")] = None,
     cutoff: Annotated[str, typer.Option(metavar="RULE", help="half, fixed:X, rank:R, energy:X, gap, rank, mp, gd or risk.")] = "half",
     window: Annotated[str | None, typer.Option(metavar="A:B", help="Optimizer steps to analyze; chosen for you if not given.")] = None,
+    jackknife: Annotated[
+        int | None, typer.Option(metavar="GROUPS", help="Standard errors over examples, by leaving out groups in turn (10 is usual); slow.")
+    ] = None,
+    rescale_time: Annotated[
+        bool, typer.Option("--rescale-time", help="Stretch time by the measured size of the received gradients (clipping, loss scale).")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where to decompose matrices: auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for summary.json, results.safetensors and report.html.")] = Path(
         "ntkscope-out"
@@ -64,6 +70,8 @@ def analyze(
                 times=asked_times,
                 cutoff=cutoff,
                 window=asked_window,
+                jackknife=jackknife,
+                rescale_time=rescale_time,
                 device=where,
                 max_memory=limit,
                 progress=progress,

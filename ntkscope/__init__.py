@@ -2,11 +2,15 @@
 
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, UserError
 from ntkscope.analysis import analyze
+from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
+from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
+from ntkscope.dynamics.transfer import Fit, Transfer
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.gate.step import gate_values, gated_adam_step
+from ntkscope.jumps import Jump, JumpStudy, jump_study
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.gram import Gram, ntk_gram
 from ntkscope.kernel.operator import NTKOperator
@@ -15,12 +19,18 @@ from ntkscope.kernel.ranks import RankError
 from ntkscope.kernel.top_eig import TopEigenpairs
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.snapshot import Snapshot
+from ntkscope.record.subset import stratified_subset
 from ntkscope.record.trace import Trace, load_trace
 from ntkscope.results import Analysis, GateStats, History, RunInfo, Window
+from ntkscope.spectrum.cells import Cells
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
 from ntkscope.spectrum.eigen import Spectrum
 from ntkscope.spectrum.examples import Examples
+from ntkscope.spectrum.null import Null
+from ntkscope.spectrum.sensitivity import Sensitivity
+from ntkscope.spectrum.truncation import Truncation
+from ntkscope.uncertainty import Uncertainty
 
 __all__ = [
     # kernel
@@ -33,13 +43,22 @@ __all__ = [
     "price_gram",
     # dynamics
     "Closure",
+    "Diffusion",
     "Dissipation",
     "Drift",
+    "Fit",
+    "GradientAgreement",
+    "Transfer",
     # spectrum
+    "Cells",
     "ChannelSplit",
     "Cutoff",
     "Examples",
+    "Null",
+    "Sensitivity",
     "Spectrum",
+    "Truncation",
+    "Uncertainty",
     # gate
     "GatedAdamW",
     "gate_values",
@@ -49,13 +68,17 @@ __all__ = [
     "Snapshot",
     "Trace",
     "load_trace",
+    "stratified_subset",
     # analysis
     "Analysis",
     "GateStats",
     "History",
     "RunInfo",
     "Window",
+    "Jump",
+    "JumpStudy",
     "analyze",
+    "jump_study",
     # errors
     "InputError",
     "InputTypeError",

@@ -5,6 +5,8 @@ This is the only module allowed to import inside a function (tests/test_layering
 
 from typing import Any
 
+from ntkscope._checks import UnsupportedError
+
 
 class Displayed:
     """Adds the notebook representation to a result."""
@@ -44,3 +46,23 @@ def write_report(analysis: Any, path: Any) -> None:
     from ntkscope.view import report
 
     report.write_report(analysis, path)
+
+
+def to_frame(columns: dict[str, list[Any]], *, index: str) -> Any:
+    """Make a pandas frame; pandas is not a dependency.
+
+    Args:
+        columns: By name.
+        index: Column to index by.
+
+    Returns:
+        The frame.
+
+    Raises:
+        UnsupportedError: If pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise UnsupportedError("pandas is not installed: pip install pandas, or use to_csv(path) or table().") from error
+    return pandas.DataFrame(columns).set_index(index)

@@ -14,6 +14,7 @@ from ntkscope._checks import check_finite
 # LAPACK's divide and conquer needs 2 N² + 6 N + 1 words of workspace, counted in 32 bits.
 LARGEST_DIVIDE_AND_CONQUER = 32_000
 RESIDUAL_TOLERANCE = 1e-10
+SMALL = 64  # rows up to which a dense decomposition is quicker than Lanczos
 
 
 def eigh(
@@ -60,6 +61,40 @@ def eigh(
     if residual > RESIDUAL_TOLERANCE:
         raise RuntimeError(f"eigh failed on a {len(symmetric)} x {len(symmetric)} matrix: relative residual {residual:.1e}; {residuals}.")
     return eigvals.flip(0).contiguous(), eigvecs.flip(1).contiguous()
+
+
+def eigvalsh(matrix: Float[Tensor, "rows rows"], *, device: torch.device | str | None = None) -> Float[Tensor, " rows"]:
+    """Compute the eigenvalues of a symmetric matrix alone: a third of the time of `eigh`.
+
+    Args:
+        matrix: Symmetric up to rounding; its symmetric part is taken.
+        device: Where to work, as for `eigh`.
+
+    Returns:
+        Eigenvalues, descending, float64, on the CPU.
+
+    Raises:
+        InputError: If the matrix is not finite.
+    """
+    check_finite("A matrix to decompose", matrix, "Check the snapshots: the run may have diverged.")
+    home = matrix.cpu() if matrix.device.type == "mps" or str(device).startswith("mps") else matrix.to(device or matrix.device)
+    symmetric = home.to(torch.float64)
+    return torch.linalg.eigvalsh(0.5 * (symmetric + symmetric.T)).flip(0).cpu()
+
+
+def largest_eigval(matrix: Float[Tensor, "rows rows"]) -> float:
+    """Compute the largest eigenvalue of a symmetric positive semidefinite matrix by Lanczos iteration.
+
+    Args:
+        matrix: float64, on the CPU.
+
+    Returns:
+        The eigenvalue.
+    """
+    if len(matrix) <= SMALL:
+        return float(torch.linalg.eigvalsh(matrix)[-1])
+    start = torch.ones(len(matrix), dtype=matrix.dtype).numpy()  # a fixed start: the result must not depend on a random state
+    return float(scipy.sparse.linalg.eigsh(matrix.numpy(), k=1, v0=start, return_eigenvectors=False)[0])
 
 
 def _residual(matrix: Tensor, eigvals: Tensor, eigvecs: Tensor) -> float:

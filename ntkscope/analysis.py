@@ -10,21 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, check_choice, check_device
+from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import LossFn
+from ntkscope.course import Course
+from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Circumstances, Closure, measure_closure
 from ntkscope.dynamics.dissipation import Dissipation
-from ntkscope.dynamics.drift import Drift, Regime, frozen_query_motion, judge_regime
-from ntkscope.dynamics.loss import NAMED_LOSSES, ProbeLoss, bind_loss
+from ntkscope.dynamics.drift import Regime, judge_regime
+from ntkscope.dynamics.loss import ProbeLoss, bind_loss
+from ntkscope.dynamics.transfer import Transfer
+from ntkscope.findings import (
+    abstention,
+    agreement_of,
+    clean_gradient,
+    diffusion_of,
+    drift_of,
+    is_hessian_constant,
+    kernel_action,
+    motions_by_example,
+    null_of,
+    query_motion,
+    target_kernel,
+    transfer_of,
+)
 from ntkscope.record.recorder import Recorder
-from ntkscope.record.snapshot import Snapshot
+from ntkscope.record.rescale import rescaled
 from ntkscope.record.source import open_source
 from ntkscope.record.trace import Trace
 from ntkscope.record.trajectory import trace_from_checkpoints
 from ntkscope.results import Analysis, RunInfo, Window
+from ntkscope.spectrum.cells import four_cells
 from ntkscope.spectrum.channels import split_channels
 from ntkscope.spectrum.cutoffs import ALWAYS_SHOWN, Cutoff, apply_cutoff, parse_rule
 from ntkscope.spectrum.eigen import Spectrum, dissipation_spectrum
+from ntkscope.spectrum.sensitivity import cutoff_sensitivity
+from ntkscope.spectrum.truncation import truncate
 from ntkscope.tables import examples_of, gate_of, history_of
+from ntkscope.uncertainty import Uncertainty, estimate_uncertainty
 from ntkscope.walk import Progress, Row, Walk, walk_trajectory
 
 NUM_MATRICES = 60  # of size N x N, float64, at the peak: 54 were measured at N = 1,000 (benchmarks/RESULTS.md)
@@ -40,6 +62,8 @@ def analyze(
     times: Sequence[float] | None = None,
     cutoff: str = "half",
     window: tuple[int, int] | None = None,
+    jackknife: int | None = None,
+    rescale_time: bool = False,
     device: torch.device | str | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -58,6 +82,10 @@ def analyze(
             "risk".
         window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot to the last at which at
             most a quarter of the directions have ω > ½ and the gradient closure error is at most 25 %, else the whole trace.
+        jackknife: Number of groups of examples (10 is usual) left out in turn for standard errors of signal rank, effective rank and
+            reservoir energies; none if not given. It takes about as long as the analysis times a third of the groups.
+        rescale_time: Stretch optimizer time by the measured size of the gradients that the optimizer received, where gradient clipping or a
+            loss of another scale made it differ from that of the loss on the probe.
         device: Where to decompose matrices, for example "cuda"; the CPU if not given.
         max_memory: Bytes; a job that needs more is refused before it starts. No limit if not given.
         progress: Called with (snapshots done, snapshots in all).
@@ -76,7 +104,7 @@ def analyze(
         check_choice("loss", loss, NAMED_LOSSES)
     check_device(device)
     if isinstance(source, Trace | Recorder) or (model is None and data is None):
-        trace = _trace_of(source)
+        trace = trace_of(source)
     elif model is None or data is None or loss is None:
         raise InputError("Bare checkpoints need all of `model`, `data` and `loss` (--model, --data, --loss).")
     else:
@@ -90,13 +118,21 @@ def analyze(
     _check_memory(trace, max_memory)
     start, stop = (0, len(trace) - 1) if window is None else _snap(window, trace.steps)
     _check_time(trace, start, stop)
-    walk = walk_trajectory(trace, start, stop, device=device, progress=progress)
+    if rescale_time:
+        trace = rescaled(trace)
+    bound = loss_of(trace, loss, trace[start].outputs)
+    course = Course(trace, start, stop, loss=bound)
+    walk = walk_trajectory(course, target_kernel=target_kernel(trace), device=device, progress=progress)
     end = _default_stop(walk) if window is None else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
     if window is None and walk.kept is not None:
         state, summed = walk.kept, walk.kept_summed
     else:
         state, summed = walk.last, walk.summed
-    return _conclude(trace, walk, end, state, summed, cutoff=cutoff, loss=loss, start=start, device=device)
+    uncertainty = None
+    if jackknife is not None:
+        shorter = Course(trace, start, start + end.index, loss=bound)
+        uncertainty = estimate_uncertainty(shorter, cutoff=cutoff, num_groups=jackknife, device=device, progress=progress)
+    return _conclude(trace, walk, end, state, summed, cutoff=cutoff, bound=bound, start=start, uncertainty=uncertainty, device=device)
 
 
 @dataclass(frozen=True)
@@ -107,8 +143,15 @@ class _Stop:
     reason: str
 
 
-def _trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
-    """Open any source."""
+def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
+    """Open any recorded source.
+
+    Args:
+        source: As for `analyze`.
+
+    Returns:
+        Its trace.
+    """
     if isinstance(source, Recorder):
         return source.trace
     return source if isinstance(source, Trace) else open_source(source)
@@ -183,25 +226,32 @@ def _conclude(
     summed: Tensor | None,
     *,
     cutoff: str,
-    loss: str | LossFn | None,
+    bound: ProbeLoss | None,
     start: int,
+    uncertainty: Uncertainty | None,
     device: torch.device | str | None,
 ) -> Analysis:
     """Draw the conclusions at the window's end."""
-    gradient = walk.first.gradient.flatten()
+    gradient, facts = walk.first.gradient, trace.facts
     spectrum = dissipation_spectrum(state, walk.whitening, gradient, tie_breaker=summed, device=device)
-    cutoffs = _cutoffs(cutoff, spectrum, state, walk)
+    caused = motions_by_example(state, walk.whitening, gradient, facts.num_examples)
+    cutoffs = _cutoffs(cutoff, spectrum, caused)
     chosen = cutoffs[cutoff]
     if chosen.rank is None:
         raise InputError(f"Cutoff {cutoff!r} has no answer here: {chosen.note}. Choose another rule, for example 'half'.")
     channels = split_channels(spectrum, chosen)
     rows = walk.history[: end.index + 1]
-    closure = _closure(walk, rows, state, trace)
-    regime = _regime(walk, rows, state, trace, loss)
-    facts = trace.facts
+    agreement = agreement_of(rows)
+    closure = _closure(walk, rows, state, trace, agreement)
+    transfer, transfer_reason = transfer_of(walk, rows, state, trace, bound)
+    regime = _regime(transfer, transfer_reason)
     stability = max((row.stability for row in rows[1:]), default=math.nan)
     gate, gate_reason = gate_of(walk, trace)
     history = history_of(walk, spectrum)
+    examples = examples_of(
+        trace, spectrum, channels, rows, history, is_constant=is_hessian_constant(rows), abstains=abstention(closure, stability)
+    )
+    diffusion, diffusion_reason = diffusion_of(walk, end.index, spectrum, bound)
     return Analysis(
         run=RunInfo(
             source=trace.source,
@@ -215,6 +265,8 @@ def _conclude(
             loss=facts.loss,
             optimizer=facts.optimizer,
             precond=facts.precond,
+            outputs=facts.outputs,
+            training_size=facts.training_size,
         ),
         window=Window(rows[0].snapshot.step, rows[-1].snapshot.step, start, start + end.index, end.reason),
         dissipation=state,
@@ -222,71 +274,87 @@ def _conclude(
         channels=channels,
         cutoffs=cutoffs,
         closure=closure,
-        drift=Drift(
-            kernel="plain" if facts.precond == "identity" else "realized",
-            relative=torch.tensor([row.kernel_drift for row in walk.history], dtype=torch.float64),
-            max=max(row.kernel_drift for row in rows),
-            final=rows[-1].kernel_drift,
-        ),
+        drift=drift_of(walk, rows, trace),
         stability=stability,
         regime=regime.name,
         regime_reason=regime.reason,
+        transfer=transfer,
+        transfer_reason=transfer_reason,
+        truncation=truncate(state, walk.whitening, spectrum, channels, kernel_action=kernel_action(rows)),
+        cells=four_cells(
+            state,
+            walk.whitening,
+            spectrum,
+            channels,
+            clean_gradient=clean_gradient(trace, walk, bound),
+            example_motions=caused,
+        ),
+        null=null_of(trace, walk, spectrum, bound),
+        sensitivity=cutoff_sensitivity(spectrum, list(cutoffs.values()), examples.reservoir_energy, is_noise=examples.is_noise),
+        uncertainty=uncertainty,
+        diffusion=diffusion,
+        diffusion_reason=diffusion_reason,
+        agreement=agreement,
         gate=gate,
         gate_reason=gate_reason,
-        examples=examples_of(trace, spectrum, channels, rows, history),
+        examples=examples,
         history=history,
         warnings=_warnings(trace, closure, chosen, stability),
     )
 
 
-def _cutoffs(cutoff: str, spectrum: Spectrum, state: Dissipation, walk: Walk) -> dict[str, Cutoff]:
+def _cutoffs(cutoff: str, spectrum: Spectrum, motions: Tensor) -> dict[str, Cutoff]:
     """Apply every rule, the chosen one first."""
-    num_examples, num_classes = walk.first.outputs.shape
-    # Column a: n times the motion caused by example a's own gradient, so that the mean over examples is the whole motion.
-    caused = num_examples * (state.displacement * walk.first.gradient.flatten()).view(-1, num_examples, num_classes).sum(dim=2)
-    motions = walk.whitening.motion(caused)
     rules = [cutoff, *(rule for rule in ALWAYS_SHOWN if rule != cutoff)]
     return {rule: apply_cutoff(rule, spectrum, example_motions=motions) for rule in rules}
 
 
-def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace) -> Closure:
+def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, agreement: GradientAgreement | None) -> Closure:
     """Measure the errors at the window's end."""
-    first, last = rows[0].snapshot, rows[-1].snapshot
+    first, last, facts = rows[0].snapshot, rows[-1].snapshot, trace.facts
     # Each interval from the gradient observed at its start: errors do not build up, so only a wrong scale or noise shows.
     local = sum(row.local_energy for row in rows)
+    has_query_path = last.forcing is None or last.query_forcing is not None
+    observed = query_motion(first, last)
     return measure_closure(
         state,
         losses=(first.loss, last.loss),
-        gradients=(first.gradient.flatten(), last.gradient.flatten()),
-        query_motion=_query_motion(first, last),
-        has_forcing=last.forcing is not None,
+        gradients=(walk.first.gradient, walk.form.field(last.gradient)),
+        query_motion=None if observed is None or not has_query_path else walk.form.field(observed),
         circumstances=Circumstances(
             stability=max((row.stability for row in rows[1:]), default=math.nan),
             largest_kernel_step=max(row.kernel_step for row in rows),
             scale_ratio=(first.loss - last.loss) / local if local > 0 else 1.0,
-            momentum_lag=trace.facts.momentum_lag,
-            train_only=tuple(trace.facts.train_only),
+            momentum_lag=facts.momentum_lag,
+            train_only=tuple(facts.train_only),
+            training_size=facts.training_size,
+            kinked=tuple(facts.kinked),
+            is_trace=walk.form.is_trace,
+            stated=None if agreement is None else agreement.warnings(),
         ),
     )
 
 
-def _regime(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, loss: str | LossFn | None) -> Regime:
+def _regime(transfer: Transfer | None, reason: str) -> Regime:
     """Ask whether a frozen kernel would have predicted the test motion."""
-    observed = _query_motion(rows[0].snapshot, rows[-1].snapshot)
-    cross = walk.first.cross_kernel
-    if observed is None or cross is None:
-        return Regime("not judged", "the rule compares test motions, and no query set was recorded")
-    if trace.facts.precond != "identity":
-        return Regime("not judged", "the optimizer's preconditioner moves by itself, so a frozen kernel is no baseline")
-    bound = _loss_of(trace, loss, rows[0].snapshot.outputs)
-    if bound is None:
-        return Regime("not judged", f"the loss {trace.facts.loss!r} cannot be rebuilt from its name; give `loss=` to analyze")
-    predicted = frozen_query_motion(walk.first_kernel, cross.double(), rows[0].snapshot.outputs, bound.gradient, state.elapsed)
-    return judge_regime(predicted, observed)
+    if transfer is None:
+        return Regime("not judged", f"the rule compares test motions, and {reason}")
+    if "frozen_kernel" not in transfer.baselines:
+        return Regime("not judged", transfer.missing["frozen_kernel"])
+    return judge_regime(transfer.baselines["frozen_kernel"].relative_error)
 
 
-def _loss_of(trace: Trace, loss: str | LossFn | None, outputs: Tensor) -> ProbeLoss | None:
-    """Rebuild the loss from what the user gave, or from its recorded name."""
+def loss_of(trace: Trace, loss: str | LossFn | None, outputs: Tensor) -> ProbeLoss | None:
+    """Rebuild the loss from what the user gave, or from its recorded name.
+
+    Args:
+        trace: The record.
+        loss: The user's.
+        outputs: Of the probe, to try it on.
+
+    Returns:
+        The bound loss; None where only its name is known, and that is no name of ours.
+    """
     if loss is None and trace.facts.loss not in NAMED_LOSSES:
         return None
     return bind_loss(trace.facts.loss if loss is None else loss, trace.probe["targets"], outputs)
@@ -310,16 +378,17 @@ def _warnings(trace: Trace, closure: Closure, cutoff: Cutoff, stability: float) 
         found.append(f"Cutoff {cutoff.rule!r} finds no signal direction: everything is reservoir in this window.")
     if abs(closure.forcing_share) > 0.01:
         found.append(f"Weight decay accounts for {closure.forcing_share:.1%} of the dissipated loss; it is left out of the channels.")
+    if trace.facts.training_size is not None:
+        found.append(
+            f"The probe is a sample of {trace.facts.num_examples} of {trace.facts.training_size} training examples: every number is a "
+            "Monte-Carlo estimate of the whole, and the closure errors include the sampling error."
+        )
+    if trace.facts.outputs == "trace":
+        found.append("Trace form: the classes share one kernel, K = K_tr / C. All numbers are approximate.")
+    found.extend(trace.facts.notes)
     if trace.facts.train_only:
         kinds = ", ".join(trace.facts.train_only)
         found.append(f"{kinds} act differently in training; the probe is followed in evaluation mode, so some error may be theirs.")
     if trace.facts.momentum_lag > 0:
         found.append(f"Momentum: the flow lags the optimizer by about {trace.facts.momentum_lag:.0f} steps.")
     return tuple(found)
-
-
-def _query_motion(first: Snapshot, last: Snapshot) -> Tensor | None:
-    """Compute how far the query outputs moved."""
-    if first.query_outputs is None or last.query_outputs is None:
-        return None
-    return (last.query_outputs.double() - first.query_outputs.double()).flatten()

@@ -1,8 +1,7 @@
 """What an analysis returns."""
 
 import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,15 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ntkscope._display import Displayed, Plots, write_report
+from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
+from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
+from ntkscope.dynamics.transfer import Transfer
+from ntkscope.spectrum.cells import CELLS, Cells
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
 from ntkscope.spectrum.eigen import Spectrum
-from ntkscope.spectrum.examples import Examples
-
-SCHEMA = "ntkscope.summary/1"
+from ntkscope.spectrum.examples import COLUMNS, Examples
+from ntkscope.spectrum.null import Null
+from ntkscope.spectrum.sensitivity import Sensitivity
+from ntkscope.spectrum.truncation import Truncation
+from ntkscope.summary import SCHEMA, summarize
+from ntkscope.uncertainty import Uncertainty
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class RunInfo(Displayed):
         loss: Name of the loss.
         optimizer: Class and settings.
         precond: Kind of M.
+        outputs: Form of the kernel, "full" or "trace".
+        training_size: Size of the training set where the probe is a sample of it; None where it is the whole set, or unknown.
     """
 
     source: str
@@ -53,6 +61,8 @@ class RunInfo(Displayed):
     loss: str
     optimizer: str
     precond: str
+    outputs: str
+    training_size: int | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class History(Displayed):
         leading: Coordinate of example i along such a mode: the part of its residual that is gone there, ⟨v_k[i], (h − P̃h)_i⟩ / ‖h_i‖.
         example_residual: Share of each example's squared residual that is left, by the propagator.
         signal_share: hᵀ Ω h / hᵀ h, share of the squared residual that was dissipated.
+        is_refined: Whether the way to the snapshot was integrated by interpolated halves (`dynamics.interpolation`) or by a trapezoid.
     """
 
     steps: list[int]
@@ -101,6 +112,7 @@ class History(Displayed):
     leading: Float[Tensor, "snapshots examples axes"]
     example_residual: Float[Tensor, "snapshots examples"]
     signal_share: Float[Tensor, " snapshots"]
+    is_refined: list[bool]
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,17 @@ class Analysis(Displayed):
         drift: Kernel drift.
         stability: lr * sharpness over its stable limit, largest in the window; NaN if unknown.
         regime: Lazy or feature learning.
+        regime_reason: The number behind it.
+        transfer: Predicted against observed test motion, with baselines; None without a query set.
+        transfer_reason: Why there is none.
+        truncation: What is lost when only r directions are kept, with bounds.
+        cells: Test motion by clean labels and noise, signal channel and reservoir; None without a query set.
+        null: Signal share against shuffled labels; None where the loss is unknown.
+        sensitivity: The split under other cutoffs.
+        uncertainty: Jackknife standard errors; None unless asked for.
+        diffusion: Drift and diffusion along leading directions; None where outputs were not followed at every step.
+        diffusion_reason: Why there is none.
+        agreement: Gradients that the optimizer received against those of the loss on the probe; None where no step was audited.
         gate: Gate statistics; None without a gate.
         gate_reason: Why there are none.
         examples: One row per example.
@@ -153,6 +176,16 @@ class Analysis(Displayed):
     stability: float
     regime: str
     regime_reason: str
+    transfer: Transfer | None
+    transfer_reason: str
+    truncation: Truncation
+    cells: Cells | None
+    null: Null | None
+    sensitivity: Sensitivity
+    uncertainty: Uncertainty | None
+    diffusion: Diffusion | None
+    diffusion_reason: str
+    agreement: GradientAgreement | None
     gate: GateStats | None
     gate_reason: str
     examples: Examples
@@ -178,61 +211,7 @@ class Analysis(Displayed):
         Returns:
             JSON-able values; what is infinite or undefined is null.
         """
-        closure = self.closure
-        rows = zip(
-            self.examples.ids,
-            *(getattr(self.examples, name).tolist() for name in _EXAMPLE_COLUMNS),
-            strict=True,
-        )
-        labels, truth, noise = self.examples.labels, self.examples.true_labels, self.examples.is_noise
-        examples = []
-        for position, row in enumerate(rows):
-            entry: dict[str, Any] = dict(zip(("id", *_EXAMPLE_COLUMNS), row, strict=True))
-            entry["label"] = None if labels is None else labels[position]
-            if noise is not None:
-                entry |= {"true_label": None if truth is None else truth[position], "is_noise": bool(noise[position])}
-            examples.append(entry)
-        gate = None
-        if self.gate is not None:
-            gate = {
-                "kind": self.gate.kind,
-                "open_share": dict(zip(self.gate.steps, self.gate.open_share.tolist(), strict=True)),
-                "final_by_parameter": {name: float(share[-1]) for name, share in self.gate.by_parameter.items()},
-            }
-        return _jsonable({
-            "schema": SCHEMA,
-            **asdict(self.run),
-            "window": asdict(self.window),
-            "loss_name": self.run.loss,
-            "loss": {"start": float(self.history.loss[0]), "end": float(self.history.loss[self.window.stop - self.window.start])},
-            "energy_balance": {
-                "predicted": closure.energy_predicted,
-                "observed": closure.energy_observed,
-                "relative_error": closure.energy_error,
-            },
-            "gradient_closure": closure.gradient_error,
-            "gradient_closure_initial": closure.gradient_error_initial,
-            "query_closure": closure.query_error,
-            "forcing_share": closure.forcing_share,
-            "trustworthy": closure.trustworthy,
-            "causes": list(closure.causes),
-            "kernel_drift": {"kernel": self.drift.kernel, "max": self.drift.max, "final": self.drift.final},
-            "stability": self.stability,
-            "cutoff": {"rule": self.channels.rule, "value": self.channels.threshold},
-            "num_modes": self.channels.num_modes,
-            "signal_rank": self.channels.signal_rank,
-            "signal_share": float(self.history.signal_share[self.window.stop - self.window.start]),
-            "effective_rank": self.spectrum.effective_rank,
-            "stable_rank": self.spectrum.stable_rank,
-            "cutoffs": {rule: cutoff.rank for rule, cutoff in self.cutoffs.items()},
-            "regime": self.regime,
-            "regime_reason": self.regime_reason,
-            "gate": gate,
-            "gate_reason": self.gate_reason,
-            "auroc": self.examples.auroc,
-            "examples": examples,
-            "warnings": list(self.warnings),
-        })
+        return summarize(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """List all arrays, by the name they have in results.safetensors.
@@ -251,9 +230,24 @@ class Analysis(Displayed):
             "spectrum/residual": self.spectrum.residual,
             "spectrum/owner": self.spectrum.owner,
             "drift/relative": self.drift.relative,
+            "drift/velocity": self.drift.velocity,
+            "drift/alignment_start": self.drift.alignment_start,
+            "drift/alignment_targets": self.drift.alignment_targets,
+            "truncation/ranks": self.truncation.ranks,
+            "truncation/loss_bound": self.truncation.loss_bound,
+            "truncation/loss_error": self.truncation.loss_error,
+            "truncation/train_bound": self.truncation.train_bound,
+            "truncation/train_error": self.truncation.train_error,
+            "truncation/query_error": self.truncation.query_error,
             "history/steps": torch.tensor(self.history.steps),
         }
-        named |= {f"examples/{name}": getattr(self.examples, name) for name in _EXAMPLE_COLUMNS}
+        if self.transfer is not None:
+            named |= {f"transfer/{name}": getattr(self.transfer, name) for name in ("predicted", "observed", "predictor")}
+        if self.cells is not None:
+            named |= {f"cells/{name}": getattr(self.cells, name) for name in CELLS}
+        if self.uncertainty is not None:
+            named["uncertainty/reservoir_energy"] = self.uncertainty.reservoir_energy
+        named |= {f"examples/{name}": getattr(self.examples, name) for name in COLUMNS}
         named |= {f"history/{name}": getattr(self.history, name) for name in _HISTORY_COLUMNS}
         return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
@@ -282,16 +276,6 @@ class Analysis(Displayed):
         return folder
 
 
-_EXAMPLE_COLUMNS = (
-    "reservoir_energy",
-    "reservoir_share",
-    "loss",
-    "margin",
-    "area_under_margin",
-    "self_influence",
-    "half_time",
-    "quarter_time",
-)
 _HISTORY_COLUMNS = (
     "times",
     "loss",
@@ -302,14 +286,3 @@ _HISTORY_COLUMNS = (
     "example_residual",
     "signal_share",
 )
-
-
-def _jsonable(value: Any) -> Any:
-    """Replace what JSON has no word for (NaN, infinity) by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _jsonable(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(part) for part in value]
-    return value

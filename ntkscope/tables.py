@@ -37,7 +37,9 @@ def gate_of(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
     return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter), ""
 
 
-def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History) -> Examples:
+def examples_of(
+    trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History, *, is_constant: bool, abstains: str
+) -> Examples:
     """Fill the table of examples.
 
     Args:
@@ -46,6 +48,8 @@ def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: 
         channels: The split.
         rows: The window's snapshots.
         history: The whole history.
+        is_constant: Whether the loss Hessian is.
+        abstains: Why nothing should be called suspicious; empty where nothing speaks against it.
 
     Returns:
         The table.
@@ -79,6 +83,9 @@ def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: 
         self_influence=rows[-1].self_influence,
         half_time=crossing_times(history.example_residual, times, 0.5),
         quarter_time=crossing_times(history.example_residual, times, 0.25),
+        residual_left=history.example_residual[-1],
+        recommended="reservoir_energy" if is_constant else "half_time",
+        abstains=abstains,
     )
 
 
@@ -105,7 +112,7 @@ def history_of(walk: Walk, spectrum: Spectrum) -> History:
     """
     rows = walk.history
     modes, leading = _leading(walk, spectrum)
-    start = walk.first
+    start = walk.first.snapshot
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
@@ -121,6 +128,7 @@ def history_of(walk: Walk, spectrum: Spectrum) -> History:
         leading=leading,
         example_residual=torch.stack([row.residual_share for row in rows]),
         signal_share=column([row.signal_share for row in rows]),
+        is_refined=[row.is_refined for row in rows],
     )
 
 
@@ -137,15 +145,17 @@ def _leading(walk: Walk, spectrum: Spectrum) -> tuple[list[int], Tensor]:
     Returns:
         The modes, and the places at every snapshot.
     """
-    removed_loss = spectrum.eigvals * (spectrum.eigvecs.T @ spectrum.residual).square()
+    removed_loss = spectrum.eigvals * spectrum.residual_energy
     modes = removed_loss.argsort(descending=True)[:NUM_LEADING]
     axes = spectrum.eigvecs[:, modes]
-    axes = axes * torch.where((axes * spectrum.residual[:, None]).sum(dim=0) < 0, -1.0, 1.0)  # an eigenvector's sign is free
-    num_examples = walk.first.outputs.shape[0]
+    # Trace form: each axis shows the classes along which the residual lies in its mode. Either way an eigenvector's sign is free.
+    along = (axes.T @ spectrum.residual).reshape(len(modes), -1)
+    classes = along / torch.linalg.vector_norm(along, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    num_examples = walk.first.snapshot.outputs.shape[0]
     norms = example_energy(spectrum.residual, spectrum.owner, num_examples).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     placed = torch.zeros(len(walk.history), num_examples, NUM_LEADING, dtype=torch.float64)
     for row, point in zip(walk.history, placed, strict=True):
-        gone = (spectrum.residual - row.left)[:, None] * axes
+        gone = ((spectrum.residual - row.left).reshape(len(axes), -1) @ classes.T) * axes
         point[:, : len(modes)].index_add_(0, spectrum.owner, gone)
         point /= norms[:, None]
     return modes.tolist(), placed

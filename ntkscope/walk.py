@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntkscope._checks import InputError
-from ntkscope._eigh import eigh
+from ntkscope._eigh import eigvalsh, largest_eigval
+from ntkscope.course import Course, Leg, Moment, factor_leg
 from ntkscope.dynamics.closure import GRADIENT_LIMIT, relative
-from ntkscope.dynamics.dissipation import Dissipation, extend, init, take_step
-from ntkscope.dynamics.interval import factor_interval
+from ntkscope.dynamics.dissipation import Dissipation, init, take_step
+from ntkscope.dynamics.drift import centered_alignment
+from ntkscope.dynamics.form import Form
 from ntkscope.record.snapshot import Snapshot
-from ntkscope.record.trace import Trace
 from ntkscope.spectrum.channels import example_energy
-from ntkscope.spectrum.eigen import whitened_gramian
+from ntkscope.spectrum.eigen import whiten_field, whitened_gramian
 from ntkscope.spectrum.whitening import Whitening, whiten
 
 DISSIPATED = 0.5  # ω above which most of a direction's loss is gone
@@ -32,13 +32,18 @@ class Row:
     snapshot: Snapshot  # without its kernel
     kernel_drift: float
     kernel_step: float
+    velocity: float  # kernel_step per optimizer time
+    alignment_start: float
+    alignment_targets: float
+    largest_eigval: float  # of K, for the transfer of energy into motion
+    is_refined: bool
     self_influence: Float[Tensor, " examples"]
     local_energy: float  # loss decrease since the previous snapshot, predicted from the gradient observed there
     stability: float
     state_energy: float
     gradient_error: float
     eigvals: Float[Tensor, " modes"]
-    left: Float[Tensor, " modes"]  # B_s^{†½} P g_s: the residual that is left
+    left: Float[Tensor, "modes ..."]  # B_s^{†½} P g_s: the residual that is left
     residual_share: Float[Tensor, " examples"]
     signal_share: float
 
@@ -47,9 +52,11 @@ class Row:
 class Walk:
     """The trajectory, walked once."""
 
+    course: Course
     whitening: Whitening
-    first: Snapshot
-    first_kernel: Float[Tensor, "outputs outputs"]
+    first: Moment
+    trace_kernel: Float[Tensor, "examples examples"]  # K_tr at the start
+    target_kernel: Float[Tensor, "examples examples"] | None  # y yᵀ
     last: Dissipation
     summed: Float[Tensor, "modes modes"]  # Ω summed over the snapshots: what was learned first is largest
     kept: Dissipation | None = None  # at the last snapshot that qualifies for the default window
@@ -57,97 +64,106 @@ class Walk:
     kept_index: int = 0
     history: list[Row] = field(default_factory=list)
 
+    @property
+    def form(self) -> Form:
+        """How outputs are stacked."""
+        return self.course.form
 
-def walk_trajectory(trace: Trace, start: int, stop: int, *, device: torch.device | str | None, progress: Progress | None) -> Walk:
+    @property
+    def residual(self) -> Float[Tensor, "modes ..."]:
+        """Whitened gradient at the start, h = B_s^{†½} g_s."""
+        return whiten_field(self.whitening, self.first.gradient)
+
+
+def walk_trajectory(
+    course: Course,
+    *,
+    target_kernel: Float[Tensor, "examples examples"] | None,
+    device: torch.device | str | None,
+    progress: Progress | None,
+) -> Walk:
     """Accumulate the operators over all intervals, keeping a row of history for every snapshot."""
-    first = trace[start]
-    kernel = first.kernel()
-    whitening = whiten(first.hessian)
-    num_query_outputs = None if first.cross_kernel is None else first.cross_kernel.shape[0]
-    state = init(first.gradient.flatten(), num_query_outputs=num_query_outputs)
-    walk = Walk(whitening, replace(_light(first), cross_kernel=first.cross_kernel), kernel, state, whitened_gramian(state, whitening))
-    walk.history.append(_first_row(first, kernel, whitening))
-    previous = first
-    for position in range(start + 1, stop + 1):
-        snapshot = trace[position]
-        if snapshot.mean_hessian is None:
-            raise InputError(f"The snapshot at step {snapshot.step} lacks the Hessian average since the one before. Record the run again.")
-        next_kernel = snapshot.kernel()
-        interval = factor_interval(
-            0.5 * (kernel + next_kernel),
-            snapshot.mean_hessian,
-            snapshot.time - previous.time,
-            negative_tolerance=max(previous.kernel_eps, snapshot.kernel_eps),
-            device=device,
-        )
-        forcing = _flat_mean(previous.forcing, snapshot.forcing)
-        state = extend(state, interval, cross=_mean(previous.cross_kernel, snapshot.cross_kernel), forcing=forcing)
-        local = take_step(interval, previous.gradient.flatten(), forcing).energy
-        walk.history.append(_row(walk, snapshot, kernel, next_kernel, local, state, trace, device))
+    first = course.moment(course.start)
+    num_examples, num_classes = first.snapshot.outputs.shape
+    whitening = whiten(course.form.blocks(first.snapshot.hessian))
+    state = init(first.gradient, num_query_outputs=None if first.cross is None else len(first.cross))
+    trace_kernel = course.form.trace_kernel(first.kernel, num_examples, num_classes)
+    walk = Walk(course, whitening, first, trace_kernel, target_kernel, state, whitened_gramian(state, whitening))
+    walk.history.append(_first_row(walk))
+    for position, leg in enumerate(course.legs()):
+        pieces = factor_leg(leg, device=device)
+        local, gradient = 0.0, leg.start.gradient
+        for piece in pieces:
+            state = piece.extend(state)
+            step = take_step(piece.interval, gradient, piece.forcing)
+            local, gradient = local + step.energy, step.gradient
         walk.last = state
+        walk.history.append(_row(walk, leg, local, state, is_refined=len(pieces) > 1, device=device))
         row = walk.history[-1]
         if float((row.eigvals > DISSIPATED).double().mean()) <= SATURATED and row.gradient_error <= GRADIENT_LIMIT:
             walk.kept, walk.kept_summed, walk.kept_index = state, walk.summed, len(walk.history) - 1
-        previous, kernel = snapshot, next_kernel
         if progress is not None:
-            progress(position - start, stop - start)
+            progress(position + 1, course.stop - course.start)
     return walk
 
 
-def _first_row(first: Snapshot, kernel: Tensor, whitening: Whitening) -> Row:
+def _first_row(walk: Walk) -> Row:
     """Start the history: nothing is dissipated yet."""
-    num_examples = first.outputs.shape[0]
+    snapshot = walk.first.snapshot
+    num_examples, num_classes = snapshot.outputs.shape
     return Row(
-        snapshot=_light(first),
+        snapshot=_light(snapshot),
         kernel_drift=0.0,
         kernel_step=0.0,
-        self_influence=_self_influence(kernel, num_examples),
+        velocity=math.nan,
+        alignment_start=1.0,
+        alignment_targets=_alignment(walk.trace_kernel, walk.target_kernel),
+        largest_eigval=largest_eigval(walk.first.kernel),
+        is_refined=False,
+        self_influence=walk.form.self_influence(walk.first.kernel, num_examples, num_classes),
         local_energy=0.0,
         stability=math.nan,
         state_energy=0.0,
         gradient_error=0.0,
-        eigvals=torch.zeros(whitening.num_modes, dtype=torch.float64),
-        left=whitening.gradient(first.gradient.flatten()[:, None]).flatten(),
+        eigvals=torch.zeros(walk.whitening.num_modes, dtype=torch.float64),
+        left=walk.residual,
         residual_share=torch.ones(num_examples, dtype=torch.float64),
         signal_share=0.0,
     )
 
 
-def _row(
-    walk: Walk,
-    snapshot: Snapshot,
-    kernel: Tensor,
-    next_kernel: Tensor,
-    local_energy: float,
-    state: Dissipation,
-    trace: Trace,
-    device: torch.device | str | None,
-) -> Row:
+def _row(walk: Walk, leg: Leg, local_energy: float, state: Dissipation, *, is_refined: bool, device: torch.device | str | None) -> Row:
     """Measure one snapshot."""
-    num_examples = snapshot.outputs.shape[0]
-    whitening, owner = walk.whitening, walk.whitening.owner
-    residual = whitening.gradient(walk.first.gradient.flatten()[:, None]).flatten()
+    snapshot, kernel = leg.stop.snapshot, leg.stop.kernel
+    num_examples, num_classes = snapshot.outputs.shape
+    owner, residual = walk.whitening.owner, walk.residual
     initial = example_energy(residual, owner, num_examples)
-    omega = whitened_gramian(state, whitening)
+    omega = whitened_gramian(state, walk.whitening)
     walk.summed = walk.summed + omega
-    eigvals, eigvecs = eigh(omega, device=device)
-    eigvals = eigvals.clamp(min=0.0)
-    left = whitening.gradient((state.propagator @ walk.first.gradient.flatten())[:, None]).flatten()
-    edge = trace.facts.stability_edge
-    observed_gradient = snapshot.gradient.flatten()
+    columns = residual.reshape(len(residual), -1)
+    start = walk.first.gradient
+    left = whiten_field(walk.whitening, (state.propagator @ start.reshape(len(start), -1)).view_as(start))
+    edge = walk.course.trace.facts.stability_edge
+    moved = relative(float(torch.linalg.vector_norm(kernel - leg.start.kernel)), leg.start.kernel)
+    trace_kernel = walk.form.trace_kernel(kernel, num_examples, num_classes)
     return Row(
         snapshot=_light(snapshot),
-        kernel_drift=relative(float(torch.linalg.vector_norm(next_kernel - walk.first_kernel)), walk.first_kernel),
-        kernel_step=relative(float(torch.linalg.vector_norm(next_kernel - kernel)), kernel),
-        self_influence=_self_influence(next_kernel, num_examples),
+        kernel_drift=relative(float(torch.linalg.vector_norm(kernel - walk.first.kernel)), walk.first.kernel),
+        kernel_step=moved,
+        velocity=moved / leg.whole.elapsed if leg.whole.elapsed > 0 else math.nan,
+        alignment_start=_alignment(trace_kernel, walk.trace_kernel),
+        alignment_targets=_alignment(trace_kernel, walk.target_kernel),
+        largest_eigval=largest_eigval(kernel),
+        is_refined=is_refined,
+        self_influence=walk.form.self_influence(kernel, num_examples, num_classes),
         local_energy=local_energy,
         stability=math.nan if edge is None else max(snapshot.learning_rates, default=math.nan) * state.sharpness / edge,
         state_energy=state.energy,
-        gradient_error=relative(float(torch.linalg.vector_norm(state.gradient - observed_gradient)), observed_gradient),
-        eigvals=eigvals,
+        gradient_error=relative(float(torch.linalg.vector_norm(state.gradient - leg.stop.gradient)), leg.stop.gradient),
+        eigvals=eigvalsh(omega, device=device).clamp(min=0.0),
         left=left,
         residual_share=example_energy(left, owner, num_examples) / initial.clamp(min=torch.finfo(torch.float64).tiny),
-        signal_share=float((eigvals * (eigvecs.T @ residual).square()).sum() / residual.square().sum()),
+        signal_share=float((columns * (omega @ columns)).sum() / columns.square().sum()),
     )
 
 
@@ -156,17 +172,6 @@ def _light(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, kernel_upper=snapshot.kernel_upper.new_empty(0), cross_kernel=None)
 
 
-def _mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Average two ends of an interval, in float64."""
-    return None if first is None or second is None else 0.5 * (first.double() + second.double())
-
-
-def _flat_mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Average, stacked over outputs."""
-    mean = _mean(first, second)
-    return None if mean is None else mean.flatten()
-
-
-def _self_influence(kernel: Tensor, num_examples: int) -> Tensor:
-    """Sum the kernel's diagonal over each example's outputs."""
-    return kernel.diagonal().view(num_examples, -1).sum(dim=1)
+def _alignment(kernel: Tensor, other: Tensor | None) -> float:
+    """Align with another kernel, where there is one."""
+    return math.nan if other is None else centered_alignment(kernel, other)

@@ -29,7 +29,7 @@ def test_the_default_demo_keeps_its_promises(demo):
     assert analysis.closure.query_error < 0.10
     assert analysis.closure.trustworthy
     assert analysis.examples.auroc["reservoir_energy"] >= 0.88
-    assert 30 <= analysis.run.num_snapshots <= 50
+    assert 15 <= analysis.run.num_snapshots <= 50  # what the default tolerance asks for
     assert analysis.stability < 0.5
     assert run.memorized > 0.8  # the run itself goes on to store the wrong labels
     assert analysis.regime == "feature learning"
@@ -187,12 +187,12 @@ def test_weight_decay_is_told_apart():
     assert abs(analysis.closure.forcing_share) > 0.005
     homogeneous = analysis.dissipation.propagator @ (analysis.spectrum.residual * (2 / 24) ** 0.5)
     assert float((homogeneous - analysis.dissipation.gradient).norm()) > 0.2 * float(analysis.dissipation.gradient.norm())
-    assert analysis.closure.query_error is None
+    assert analysis.closure.query_error < 0.01  # decay's motion of the query outputs is recorded too
 
 
 def test_a_wrong_loss_scale_is_named():
     analysis = record(lambda p: torch.optim.SGD(p, lr=0.02), scale=2.0)
-    assert any("Loss scale" in cause and "1.9" in cause for cause in analysis.closure.causes)
+    assert any("Loss scale" in cause and "2.00 times" in cause for cause in analysis.closure.causes)
     assert any("Loss scale" in warning for warning in analysis.warnings)  # also where the run converged, and closes all the same
     assert not record(lambda p: torch.optim.SGD(p, lr=0.02)).closure.causes
 

@@ -9,7 +9,7 @@ from oracles import compose, dense, forced, frozen_squared, quadrature, van_loan
 
 import ntkscope
 from ntkscope.dynamics.dissipation import accumulate, init
-from ntkscope.dynamics.interval import phi, psi
+from ntkscope.dynamics.interval import chi, phi, psi
 
 
 @st.composite
@@ -119,6 +119,57 @@ def test_forcing_matches_the_ode(problem, seed):
 
 
 @settings(max_examples=30, deadline=None)
+@given(problems(), st.integers(0, 2**16))
+def test_query_motion_under_forcing_matches_the_ode(problem, seed):
+    """Query outputs as further outputs with no loss of their own: one larger forced ODE gives their motion."""
+    kernel, blocks, cross, elapsed, gradient = problem
+    generator = torch.Generator().manual_seed(seed)
+    forcing = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+    query_forcing = torch.randn(len(cross), generator=generator, dtype=torch.float64)
+    state = accumulate(
+        init(gradient, num_query_outputs=len(cross)), kernel, blocks, elapsed, cross=cross, forcing=forcing, query_forcing=query_forcing
+    )
+    num_outputs, num_query = len(kernel), len(cross)
+    large = torch.zeros(num_outputs + num_query, num_outputs + num_query, dtype=torch.float64)
+    large[:num_outputs, :num_outputs], large[num_outputs:, :num_outputs] = kernel, cross
+    hessian = torch.zeros_like(large)
+    hessian[:num_outputs, :num_outputs] = dense(blocks)
+    start = torch.cat([gradient, torch.zeros(num_query, dtype=torch.float64)])
+    expected = forced(large, hessian, torch.cat([forcing, query_forcing]), start, elapsed).displacement[num_outputs:]
+    size = float((elapsed * query_forcing).abs().max() + expected.abs().max() + (elapsed * cross @ gradient).abs().max())
+    assert float((state.query_motion - expected).abs().max()) <= 1e-7 * size
+    without = window(*problem)
+    assert_close(without.query_motion, -without.transfer @ gradient, rtol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.integers(2, 4))
+def test_the_trace_form_is_the_full_form_of_a_shared_kernel(problem, num_classes):
+    """K = k ⊗ I_C and B_i = b_i I: one n x n problem with a column per class must be the same as the N x N one."""
+    kernel, _, cross, elapsed, _ = problem
+    n = len(kernel)
+    generator = torch.Generator().manual_seed(n)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64)[:, None, None]
+    gradient, forcing = torch.randn(2, n, num_classes, generator=generator, dtype=torch.float64)
+    eye = torch.eye(num_classes, dtype=torch.float64)
+    small = accumulate(init(gradient, num_query_outputs=len(cross)), kernel, weights, elapsed, cross=cross, forcing=forcing)
+    full = accumulate(
+        init(gradient.flatten(), num_query_outputs=len(cross) * num_classes),
+        torch.kron(kernel, eye),
+        weights * eye,
+        elapsed,
+        cross=torch.kron(cross, eye),
+        forcing=forcing.flatten(),
+    )
+    assert_close(torch.kron(small.gramian, eye), full.gramian)
+    assert_close(torch.kron(small.transfer, eye), full.transfer)
+    assert_close(small.gradient.flatten(), full.gradient, rtol=1e-8)
+    assert_close(small.query_motion.flatten(), full.query_motion, rtol=1e-8)
+    assert small.energy == pytest.approx(full.energy, rel=1e-8, abs=1e-12)
+    assert small.homogeneous_energy == pytest.approx(full.homogeneous_energy, rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
 @given(problems(), st.integers(2, 5))
 def test_halves_equal_the_whole(problem, pieces):
     kernel, blocks, cross, elapsed, gradient = problem
@@ -149,7 +200,7 @@ def test_identity_8_linear_model_closed_form(num_examples):
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1e4))
-def test_phi_and_psi(z):
+def test_phi_psi_and_chi(z):
     """Against long series or the definition in extended precision, whichever is exact at z."""
     import numpy as np
 
@@ -163,12 +214,18 @@ def test_phi_and_psi(z):
         for k in range(1, 30):
             terms.append(terms[-1] * -wide / (k + 2))
         expected_psi = float(sum(terms))
+        terms = [np.longdouble(1) / 6]
+        for k in range(1, 30):
+            terms.append(terms[-1] * -wide / (k + 3))
+        expected_chi = float(sum(terms))
     else:
         exact = (1 - np.exp(-wide)) / wide
         expected_phi, expected_psi = float(exact), float((1 - exact) / wide)
+        expected_chi = float((np.longdouble(0.5) - (1 - exact) / wide) / wide)
     value = torch.tensor([z], dtype=torch.float64)
     assert float(phi(value)) == pytest.approx(expected_phi, rel=1e-14)
     assert float(psi(value)) == pytest.approx(expected_psi, rel=1e-12)
+    assert float(chi(value)) == pytest.approx(expected_chi, rel=1e-11)
 
 
 GRADIENT, KERNEL, BLOCKS = torch.ones(2), torch.eye(2), torch.eye(2)[None]

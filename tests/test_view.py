@@ -275,7 +275,7 @@ def test_summary_says_what_was_found():
     assert "the loss went from 0.450 to" in shown
     assert "an error of 0.3 % (limit 5 %)" in shown
     assert "predicted with an error of 3.7 % (limit 25 %)" in shown
-    assert re.search(r"AUROC 0\.97 0\.91 0\.93 0\.90 0\.51 0\.96", shown)
+    assert re.search(r"AUROC 0\.97 0\.91 0\.93 0\.90 0\.51 0\.95", shown)
     first = analysis.examples.ranking()[0]
     assert f"{analysis.examples.ids[first]}*" in shown
     assert "NEXT" in shown

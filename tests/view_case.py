@@ -82,13 +82,16 @@ def synthetic_analysis(
         reservoir_share=reservoir_energy / energies,
         half_time=times_to(0.5),
         quarter_time=times_to(0.25),
-        ranking=lambda: reservoir_energy.argsort(descending=True).tolist(),
+        abstains="",
+        recommended="reservoir_energy",
+        ranking=lambda by="reservoir_energy": reservoir_energy.argsort(descending=True).tolist(),
         auroc={
             "reservoir_energy": 0.97,
             "loss": 0.91,
             "margin": 0.93,
             "area_under_margin": 0.90,
             "self_influence": 0.51,
+            "half_time": 0.95,
             "quarter_time": 0.96,
         }
         if has_noise
@@ -126,6 +129,12 @@ def synthetic_analysis(
             by_parameter={f"layers.{k}.weight": share**k for k in range(11)},
         )
     causes = () if is_trustworthy else ("Too few snapshots: between two of them the kernel moved by 81% of its size. Record more.",)
+    fit = lambda error: SimpleNamespace(relative_error=error, correlation=math.nan if has_nan else 0.98)  # ruff: ignore[lambda-assignment]
+    transfer = cells = None
+    if has_labels:
+        transfer = SimpleNamespace(fit=fit(0.01), baselines={"frozen_kernel": fit(0.4), "regression_end": fit(0.04)})
+        norms = {"signal_clean": 1.1, "reservoir_clean": 0.1, "signal_noise": 0.4, "reservoir_noise": 0.09}
+        cells = SimpleNamespace(is_estimate=not has_noise, norms=norms)
     return SimpleNamespace(
         run=SimpleNamespace(
             source=source,
@@ -139,6 +148,8 @@ def synthetic_analysis(
             loss="squared",
             optimizer="SGD(lr=0.05)",
             precond="identity",
+            outputs="full",
+            training_size=None,
         ),
         window=SimpleNamespace(
             start_step=steps[0], stop_step=steps[stop], start=0, stop=stop, reason="from the first snapshot to where it still separates"
@@ -177,6 +188,16 @@ def synthetic_analysis(
         stability=0.31,
         regime="not judged",
         regime_reason="the rule compares test motions, and no query set was recorded",
+        transfer=transfer,
+        transfer_reason="" if has_labels else "no query set was recorded",
+        truncation=SimpleNamespace(reservoir_query_share=0.11 if has_labels else None),
+        cells=cells,
+        null=SimpleNamespace(observed=0.62, mean=0.37, z=12.5, p=0.005, num_shuffles=200) if has_labels else None,
+        sensitivity=SimpleNamespace(smallest_rank_correlation=math.nan if has_nan else 0.84),
+        uncertainty=SimpleNamespace(num_groups=10, signal_rank=2.5, effective_rank=1.1, reservoir_share=0.02) if has_noise else None,
+        diffusion=SimpleNamespace(sampler=SimpleNamespace(reason="epoch sums return near zero: batches are reshuffled."))
+        if has_gate
+        else None,
         gate=gate,
         gate_reason="" if has_gate else "SGD has no gate",
         examples=examples,

@@ -26,7 +26,8 @@ class Closure(Displayed):
         energy_error: |predicted − observed| / max(|observed|, 1e-3 Φ(s)).
         gradient_error: ‖predicted g_T − g_T‖ / ‖g_T‖.
         gradient_error_initial: The same over ‖g_s‖; after interpolation g_T vanishes and the first is no guide.
-        query_error: ‖predicted − observed test motion‖ / ‖observed‖; None without a query set or with a forcing.
+        query_error: ‖predicted − observed test motion‖ / ‖observed‖; None without a query set, or where weight decay acts and its motion
+            of the query outputs was not recorded.
         forcing_share: Share of the dissipated loss that is due to weight decay.
         trustworthy: Energy error at most 5 % and gradient error at most 25 %.
         causes: Likely causes of errors that are too large, each with what to do; a loss of the wrong scale is named in any case, because
@@ -55,6 +56,10 @@ class Circumstances:
             the loss has the trained scale.
         momentum_lag: β/(1 − β), steps.
         train_only: Kinds of modules that act differently in training.
+        training_size: Size of the training set where the probe is a part of it; None otherwise.
+        kinked: Kinds of activations with kinks (ReLU): a kernel jumps where one crosses its kink, and no rule can follow that.
+        is_trace: Whether classes share one kernel, an approximation.
+        stated: What measurements of the received gradients say of scale and missing terms, as sentences; None where none were made.
     """
 
     stability: float
@@ -62,15 +67,18 @@ class Circumstances:
     scale_ratio: float
     momentum_lag: float
     train_only: tuple[str, ...]
+    training_size: int | None = None
+    kinked: tuple[str, ...] = ()
+    is_trace: bool = False
+    stated: tuple[str, ...] | None = None
 
 
 def measure_closure(
     state: Dissipation,
     *,
     losses: tuple[float, float],
-    gradients: tuple[Float[Tensor, " outputs"], Float[Tensor, " outputs"]],
-    query_motion: Float[Tensor, " query_outputs"] | None,
-    has_forcing: bool,
+    gradients: tuple[Float[Tensor, "outputs ..."], Float[Tensor, "outputs ..."]],
+    query_motion: Float[Tensor, "query_outputs ..."] | None,
     circumstances: Circumstances,
 ) -> Closure:
     """Compare a window's predictions with what was observed at its end.
@@ -79,8 +87,7 @@ def measure_closure(
         state: Operators of the window.
         losses: Φ at its start and end.
         gradients: g at its start and end.
-        query_motion: Observed motion of the query outputs.
-        has_forcing: Whether weight decay acted.
+        query_motion: Observed motion of the query outputs, where it can be compared.
         circumstances: What may explain an error.
 
     Returns:
@@ -92,8 +99,8 @@ def measure_closure(
     gradient_error = relative(gap, gradients[1])
     trustworthy = energy_error <= ENERGY_LIMIT and gradient_error <= GRADIENT_LIMIT
     query_error = None
-    if query_motion is not None and state.transfer is not None and not has_forcing:
-        query_error = relative(float(torch.linalg.vector_norm(-state.transfer @ gradients[0] - query_motion)), query_motion)
+    if query_motion is not None and state.query_motion is not None:
+        query_error = relative(float(torch.linalg.vector_norm(state.query_motion - query_motion)), query_motion)
     return Closure(
         energy_predicted=state.energy,
         energy_observed=observed,
@@ -132,6 +139,11 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
             "does not describe them. Lower the learning rate, or end the window earlier (--window)."
         )
     causes.extend(_scale_cause(found))
+    if found.is_trace:
+        causes.append(
+            "Trace form: the classes share one kernel, an approximation of the full one. Record a smaller probe with outputs='full' to see "
+            "how much of the error is its."
+        )
     if found.largest_kernel_step > LARGE_STEP:
         causes.append(
             f"Too few snapshots: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
@@ -147,6 +159,15 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
             f"Training mode: {', '.join(found.train_only)} act differently in training, and the probe is followed in evaluation mode. "
             "Record the run with these layers frozen or left out, to see how much of the error is theirs."
         )
+    if found.kinked:
+        causes.append(
+            f"Kinks: {', '.join(found.kinked)} switch units on and off, late in training some of them at every step, which no kernel at a "
+            "snapshot shows. The error grows with the window's length: end it earlier. Smooth activations have none."
+        )
+    if found.training_size is not None:
+        causes.append(
+            f"Probe subset: the operators stand for {found.training_size} training examples by a random sample. A larger probe is closer."
+        )
     causes.append(
         "Minibatch noise and examples beyond the probe: the operators follow the probe's own mean gradient. "
         "A larger probe or batch, or a smaller learning rate, brings the run closer to it."
@@ -155,7 +176,9 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
 
 
 def _scale_cause(found: Circumstances) -> tuple[str, ...]:
-    """Name a loss that is not at the scale that is trained."""
+    """Name a loss that is not at the scale that is trained, or a term that is missing."""
+    if found.stated is not None:
+        return found.stated
     if abs(found.scale_ratio - 1) <= SCALE_LIMIT:
         return ()
     return (

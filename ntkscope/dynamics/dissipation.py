@@ -28,6 +28,7 @@ class Dissipation(Displayed):
         energy: Loss dissipated, predicted: g_sᵀ W g_s without forcing, else the sum of the forced interval energies.
         homogeneous_energy: The same without the forcing's part, for the forcing's share.
         sharpness: Largest eigenvalue of B^½ K B^½ in the last interval.
+        query_motion: Predicted motion of the query outputs, forcing included; −G g_s without forcing. None without a query set.
     """
 
     gramian: Float[Tensor, "outputs outputs"]
@@ -35,26 +36,30 @@ class Dissipation(Displayed):
     displacement: Float[Tensor, "outputs outputs"]
     transfer: Float[Tensor, "query_outputs outputs"] | None
     elapsed: float
-    gradient: Float[Tensor, " outputs"]
+    gradient: Float[Tensor, "outputs ..."]
     energy: float
     homogeneous_energy: float
     sharpness: float
+    query_motion: Float[Tensor, "query_outputs ..."] | None = None
 
 
-def init(gradient: Float[Tensor, " outputs"], *, num_query_outputs: int | None = None) -> Dissipation:
+def init(gradient: Float[Tensor, "outputs ..."], *, num_query_outputs: int | None = None) -> Dissipation:
     """Start a window of no length.
 
     Args:
-        gradient: Output gradient g_s at its start.
-        num_query_outputs: q * C; None without a query set.
+        gradient: Output gradient g_s at its start; in the trace form of the kernel one row per example, one column per class.
+        num_query_outputs: Rows of the cross kernel, q * C (q in the trace form); None without a query set.
 
     Returns:
         P is the identity, all else zero.
     """
-    start = gradient.detach().to("cpu", torch.float64).flatten()
+    start = gradient.detach().to("cpu", torch.float64)
     zeros = torch.zeros(len(start), len(start), dtype=torch.float64)
-    transfer = None if num_query_outputs is None else torch.zeros(num_query_outputs, len(start), dtype=torch.float64)
-    return Dissipation(zeros, torch.eye(len(start), dtype=torch.float64), zeros, transfer, 0.0, start, 0.0, 0.0, 0.0)
+    transfer = motion = None
+    if num_query_outputs is not None:
+        transfer = torch.zeros(num_query_outputs, len(start), dtype=torch.float64)
+        motion = torch.zeros(num_query_outputs, *start.shape[1:], dtype=torch.float64)
+    return Dissipation(zeros, torch.eye(len(start), dtype=torch.float64), zeros, transfer, 0.0, start, 0.0, 0.0, 0.0, motion)
 
 
 def accumulate(
@@ -64,7 +69,8 @@ def accumulate(
     elapsed: float,
     *,
     cross: Float[Tensor, "query_outputs outputs"] | None = None,
-    forcing: Float[Tensor, " outputs"] | None = None,
+    forcing: Float[Tensor, "outputs ..."] | None = None,
+    query_forcing: Float[Tensor, "query_outputs ..."] | None = None,
     negative_tolerance: float = 1e-10,
     device: torch.device | str | None = None,
 ) -> Dissipation:
@@ -77,6 +83,7 @@ def accumulate(
         elapsed: Length in optimizer time, `>= 0`.
         cross: Average cross kernel J_Q M Jᵀ; needed if the window has a query set.
         forcing: Average r of du/dτ = −K g − r, the motion that is not minus a gradient (weight decay).
+        query_forcing: The same of the query outputs.
         negative_tolerance: As for `factor_interval`.
         device: Where to decompose.
 
@@ -96,7 +103,7 @@ def accumulate(
     """
     _check_shapes(state, gram, hessian_blocks, cross)
     interval = factor_interval(gram, hessian_blocks, elapsed, negative_tolerance=negative_tolerance, device=device)
-    return extend(state, interval, cross=cross, forcing=forcing)
+    return extend(state, interval, cross=cross, forcing=forcing, query_forcing=query_forcing)
 
 
 def extend(
@@ -104,7 +111,8 @@ def extend(
     interval: Interval,
     *,
     cross: Float[Tensor, "query_outputs outputs"] | None = None,
-    forcing: Float[Tensor, " outputs"] | None = None,
+    forcing: Float[Tensor, "outputs ..."] | None = None,
+    query_forcing: Float[Tensor, "query_outputs ..."] | None = None,
 ) -> Dissipation:
     """Append a factored interval to a window: the second half of `accumulate`.
 
@@ -113,16 +121,21 @@ def extend(
         interval: From `factor_interval`.
         cross: As for `accumulate`.
         forcing: As for `accumulate`.
+        query_forcing: As for `accumulate`.
 
     Returns:
         The longer window.
     """
     coordinates = interval.coordinates(state.propagator)
     motion = interval.displace(coordinates)  # D_step P
-    transfer = state.transfer
-    if transfer is not None and cross is not None:
-        transfer = transfer + cross.to("cpu", torch.float64) @ interval.average(state.propagator)
+    transfer, query_motion = state.transfer, state.query_motion
     step = take_step(interval, state.gradient, forcing)
+    if transfer is not None and query_motion is not None and cross is not None:
+        wide = cross.to("cpu", torch.float64)
+        transfer = transfer + wide @ interval.average(state.propagator)
+        query_motion = query_motion - (wide @ step.integral.reshape(len(step.integral), -1)).view_as(query_motion)
+        if query_forcing is not None:
+            query_motion = query_motion - interval.elapsed * query_forcing.to("cpu", torch.float64)
     return Dissipation(
         gramian=state.gramian + interval.dissipate(coordinates),
         propagator=state.propagator - interval.apply_hessian(motion),
@@ -133,6 +146,7 @@ def extend(
         energy=state.energy + step.energy,
         homogeneous_energy=state.homogeneous_energy + step.homogeneous_energy,
         sharpness=float(interval.rates.max()) if len(interval.rates) else 0.0,
+        query_motion=query_motion,
     )
 
 
@@ -142,16 +156,20 @@ class GradientStep:
 
     Attributes:
         gradient: At the interval's end.
+        integral: ∫ g dτ over the interval.
         energy: Loss dissipated on the way, forcing included.
         homogeneous_energy: The same without forcing, gᵀ W_step g.
     """
 
-    gradient: Float[Tensor, " outputs"]
+    gradient: Float[Tensor, "outputs ..."]
+    integral: Float[Tensor, "outputs ..."]
     energy: float
     homogeneous_energy: float
 
 
-def take_step(interval: Interval, gradient: Float[Tensor, " outputs"], forcing: Float[Tensor, " outputs"] | None = None) -> GradientStep:
+def take_step(
+    interval: Interval, gradient: Float[Tensor, "outputs ..."], forcing: Float[Tensor, "outputs ..."] | None = None
+) -> GradientStep:
     """Follow one output gradient over an interval (theory.md section 4).
 
     Args:
@@ -162,16 +180,23 @@ def take_step(interval: Interval, gradient: Float[Tensor, " outputs"], forcing: 
     Returns:
         Gradient at its end, and the loss dissipated.
     """
-    g = gradient[:, None]
+    g = gradient.reshape(len(gradient), -1)
     coordinates = interval.coordinates(g)
-    homogeneous = float(interval.dissipate(coordinates))
+    homogeneous = float(interval.dissipate(coordinates).diagonal().sum())
     end = g - interval.apply_hessian(interval.displace(coordinates))
+    integral = interval.average(g)
     if forcing is None:
-        return GradientStep(end.flatten(), homogeneous, homogeneous)
-    r = forcing.detach().to("cpu", torch.float64)[:, None]
+        return GradientStep(end.view_as(gradient), integral.view_as(gradient), homogeneous, homogeneous)
+    r = forcing.detach().to("cpu", torch.float64).reshape(g.shape)
+    pulled = interval.apply_hessian(r)
     moved = -interval.displace(coordinates) - interval.average_transposed(r)
-    energy = float(-g.T @ moved - 0.5 * moved.T @ interval.apply_hessian(moved))
-    return GradientStep((end - interval.average(interval.apply_hessian(r))).flatten(), energy, homogeneous)
+    energy = float((-g * moved - 0.5 * moved * interval.apply_hessian(moved)).sum())
+    return GradientStep(
+        gradient=(end - interval.average(pulled)).view_as(gradient),
+        integral=(integral - interval.average_twice(pulled)).view_as(gradient),
+        energy=energy,
+        homogeneous_energy=homogeneous,
+    )
 
 
 def _check_shapes(state: Dissipation, gram: Tensor, hessian_blocks: Tensor, cross: Tensor | None) -> None:

@@ -26,6 +26,7 @@ class ProbeLoss:
     name: str
     function: Callable[[Tensor], Tensor]  # outputs (float64) -> scalar
     targets: Tensor
+    unbound: LossFn
 
     def value(self, outputs: Float[Tensor, "examples classes"]) -> float:
         """Evaluate Φ.
@@ -38,6 +39,18 @@ class ProbeLoss:
         """
         with torch.no_grad():
             return float(self.function(outputs.double()))
+
+    def rebind(self, targets: Tensor) -> "ProbeLoss":
+        """Bind the same loss to other targets of the same shape.
+
+        Args:
+            targets: For example clean or shuffled ones.
+
+        Returns:
+            The loss of these targets.
+        """
+        held = targets.to(self.targets).reshape(self.targets.shape)
+        return ProbeLoss(self.name, lambda predictions: self.unbound(predictions, held), held, self.unbound)
 
     def gradient(self, outputs: Float[Tensor, "examples classes"]) -> Float[Tensor, "examples classes"]:
         """Compute g = ∇Φ.
@@ -157,7 +170,7 @@ def bind_loss(loss: str | LossFn | nn.Module, targets: Tensor, outputs: Float[Te
         return function(predictions, held)
 
     _try_once(name, bound, outputs, held)
-    return ProbeLoss(name, bound, held)
+    return ProbeLoss(name, bound, held, function)
 
 
 def _try_once(name: str, bound: Callable[[Tensor], Tensor], outputs: Tensor, targets: Tensor) -> None:

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, check_finite
 from ntkscope._types import ForwardFn
 from ntkscope.kernel.batch import count_examples, map_batch
+from ntkscope.kernel.capture import undisturbed
+
+KINKED = frozenset(
+    "relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid hardshrink softshrink abs clamp clamp_min clamp_max "
+    "maximum minimum amax amin max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d".split()
+)
 
 
 def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Float[Tensor, "examples classes"]:
@@ -132,3 +139,33 @@ def train_only_kinds(model: nn.Module) -> list[str]:
         if is_dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
             found.add(type(module).__name__)
     return sorted(found)
+
+
+def kinked_kinds(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> list[str]:
+    """List the operations with kinks that a forward pass uses: where a value crosses a kink, the kernel jumps.
+
+    Args:
+        model: Any module.
+        inputs: A few examples.
+        forward_fn: The model's call.
+
+    Returns:
+        Names of operations, sorted; empty for a smooth model.
+    """
+    with undisturbed(model), torch.no_grad(), _KinkWatch() as watch:
+        forward_rows(model, inputs, forward_fn)
+    return sorted(watch.found)
+
+
+class _KinkWatch(TorchFunctionMode):
+    """Notes operations with kinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").strip("_").removesuffix("_with_indices")
+        if name in KINKED:
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ntkscope._checks import InputError, UnsupportedError
-from ntkscope.record.trace import SCHEMA
+from ntkscope.record.facts import SCHEMA
 
 WRAPPERS = ("module.", "_orig_mod.")
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net")

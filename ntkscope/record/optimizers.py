@@ -201,6 +201,36 @@ def mechanics(
     return Mechanics(diagonal, decay | still if decay else None, gates)
 
 
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Say whether a fused optimizer skips this step, because `torch.amp.GradScaler` found infinite gradients.
+
+    Other optimizers are not even called then.
+
+    Args:
+        optimizer: The user's, inside a step hook.
+
+    Returns:
+        Whether the weights stay as they are.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found > 0)
+
+
+def received_gradients(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Read the gradients as the optimizer's step uses them: after clipping, without the factor of `torch.amp.GradScaler`.
+
+    Args:
+        optimizer: The user's, inside its pre-step hook.
+        parameters: Trained parameters, by name.
+
+    Returns:
+        Gradients by name; zero where there is none.
+    """
+    scale = getattr(optimizer, "grad_scale", None)  # set only for fused optimizers, which unscale gradients themselves
+    grads = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in parameters.items()}
+    return {name: grad.detach() if scale is None else grad.detach() / torch.as_tensor(scale).to(grad) for name, grad in grads.items()}
+
+
 def _ungated(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Tensor | float:
     """Compute M⁰: one for SGD, 1/(√v̂ + ε) for the Adam family (amsgrad: the largest v so far)."""
     if isinstance(optimizer, GatedAdamW):

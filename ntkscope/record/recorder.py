@@ -2,9 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntkscope._checks import InputError, UserError, check_number
+from ntkscope._checks import InputError, UserError, check_choice, check_number
 from ntkscope._types import ForwardFn, LossFn
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram, push_forward
-from ntkscope.kernel.capture import undisturbed
-from ntkscope.kernel.coverage import Coverage, probe_routes
-from ntkscope.kernel.model import forward_rows, train_only_kinds
-from ntkscope.kernel.routes import Routes
+from ntkscope.kernel.blocks import DEFAULT_MEMORY
+from ntkscope.kernel.coverage import probe_routes
+from ntkscope.kernel.model import kinked_kinds, train_only_kinds
 from ntkscope.record import optimizers
+from ntkscope.record.allowance import Allowance
+from ntkscope.record.beginning import State, check_beginning, copy_state, weights_of
+from ntkscope.record.facts import KERNEL_FORMS, RunFacts, stop_early
+from ntkscope.record.fields import check_fields
+from ntkscope.record.files import TraceWriter
+from ntkscope.record.following import Following
+from ntkscope.record.gradient_audit import GradientAudit
+from ntkscope.record.instrument import Instrument
+from ntkscope.record.placement import Placement
 from ntkscope.record.probe import ProbeSet, make_probe
-from ntkscope.record.schedule import Schedule, check_schedule, next_step
-from ntkscope.record.snapshot import Snapshot, pack_upper
-from ntkscope.record.trace import RunFacts, Trace, TraceWriter, load_trace, stop_early, trace_from_state
-
-PROXY_EXAMPLES = 8  # the kernel of so few examples costs little and moves as the whole does
-PROXY_CHECKS = 4  # per interval of the schedule
+from ntkscope.record.schedule import Schedule, check_schedule
+from ntkscope.record.snapshot import Snapshot
+from ntkscope.record.trace import Trace, load_trace, trace_from_state
 
 
 class Recorder:
@@ -46,14 +49,22 @@ class Recorder:
         loss: The loss that is trained, at its scale: "squared" (½‖u − y‖², mean over examples), "mse", "cross_entropy", a torch loss
             module, or a convex callable `(outputs, targets) -> scalar`.
         schedule: "log", an interval in steps, or a list of steps; a snapshot of step 0 is always taken.
-        drift: Take a snapshot between scheduled ones when the kernel has moved by more than this share since the last; None: never.
+        tolerance: With "log": take snapshots as densely as keeps the error of energy over each interval below this share (of the gradient:
+            five times that), estimated as the run goes; None spaces them by step count alone.
+        max_overhead: Share of training time that recording may take; snapshots that would exceed it are put off. The larger of 25 % and
+            60 seconds if not given, for a schedule that is written down no bound.
+        drift: Take a snapshot between planned ones when the kernel has moved by more than this share since the last; None: never.
+        outputs: "full", or "trace" for K_tr / C, one entry per pair of examples: C² times smaller, approximate (theory.md section 4).
+        every_step: Keep the probe's outputs after every step, one forward pass each: needed for drift and diffusion.
+        training_size: Examples in the whole training set, where the probe is a random subset of it (see `stratified_subset`).
+        steps_per_epoch: Optimizer steps that pass over the training set once.
         forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`.
         clean_targets: True targets where label noise was planted, so that the analysis can be scored.
         path: Folder to write snapshots to as they are taken; in memory only if not given.
         max_memory: Bytes for the kernel computation, 2 GiB if not given.
 
     Raises:
-        InputError: If probe, query, loss or schedule do not fit the model.
+        InputError: If probe, query, loss or schedule do not fit the model, or a number is out of range.
         InputTypeError: If the model's output is no tensor.
     """
 
@@ -65,27 +76,45 @@ class Recorder:
         *,
         loss: str | LossFn | nn.Module,
         schedule: Schedule = "log",
+        tolerance: float | None = 0.02,
+        max_overhead: float | None = None,
         drift: float | None = 0.3,
+        outputs: str = "full",
+        every_step: bool = False,
+        training_size: int | None = None,
+        steps_per_epoch: int | None = None,
         forward_fn: ForwardFn | None = None,
         clean_targets: Tensor | None = None,
         path: str | Path | None = None,
         max_memory: int | None = None,
     ) -> None:
         check_schedule(schedule)
+        check_choice("outputs", outputs, KERNEL_FORMS)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, low=1e-6, high=1.0)
         if drift is not None:
             check_number("drift", drift, low=1e-6)
         self.model = model
-        self.schedule: Schedule = schedule
         self.drift = drift
+        self.every_step = every_step
+        self.outputs = outputs
         self.budget = DEFAULT_MEMORY if max_memory is None else max_memory
+        self._allowance = Allowance(max_overhead, is_free=schedule != "log")
         self.probe: ProbeSet = make_probe(model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets)
+        if training_size is not None:
+            check_number("training_size", training_size, low=self.probe.num_examples)
+        if steps_per_epoch is not None:
+            check_number("steps_per_epoch", steps_per_epoch, low=1)
+        self._sizes: dict[str, Any] = {"training_size": training_size, "steps_per_epoch": steps_per_epoch}
+        self._placement = Placement(schedule, tolerance, self.probe.loss)
+        self._following = Following()
+        self._audit = GradientAudit()
         self._writer = None if path is None else TraceWriter(Path(path))
         self._clock = optimizers.Clock()
-        self._run: _Run | None = None
+        self._instrument: Instrument | None = None
         self._trace: Trace | None = None
-        self._beginning: dict[str, Tensor] | None = None  # weights and buffers before the first step
-        self._due: int | None = None
-        self._check_every = 1
+        self._beginning: State | None = None  # weights and buffers before the first step
+        self._outputs: Tensor | None = None  # at the current weights, where the model was run on the probe already
         self._last_outputs: Tensor | None = None
         self._proxy: Tensor | None = None
         self._stale = False  # whether the optimizer has stepped since the last snapshot
@@ -101,7 +130,7 @@ class Recorder:
             InputError: If the recorder is attached already, the optimizer trains nothing of the model, or the trace folder is taken.
             UnsupportedError: If the optimizer's preconditioner is unknown, or it maximizes.
         """
-        if self._run is not None:
+        if self._instrument is not None:
             raise InputError("This recorder is attached to an optimizer already. Make one recorder per run.")
         optimizers.check_supported(optimizer, precond)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -124,9 +153,12 @@ class Recorder:
             gate=str(optimizer.param_groups[0]["gate"]) if isinstance(optimizer, optimizers.GatedAdamW) else None,
             probe_hash=self.probe.hash,
             train_only=train_only_kinds(self.model),
+            kinked=kinked_kinds(self.model, self.probe.few, self.probe.forward_fn),
+            outputs=self.outputs,
+            **self._sizes,
         )
         self._begin_trace(facts)
-        self._run = _Run(optimizer, precond, routes, coverage)
+        self._instrument = Instrument(self.model, self.probe, optimizer, precond, routes, coverage, self.budget, self.outputs)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -136,7 +168,9 @@ class Recorder:
         if self._trace is None:
             raise InputError("Nothing is recorded yet. Call attach(optimizer), and train.")
         if self._stale and not self._trace.facts.stopped:
-            self._snapshot()
+            with self._allowance.hook():
+                # The plan stands, unless it has been waiting for a snapshot.
+                self._snapshot(is_planned=self._placement.is_due(self._clock.step))
         return self._trace
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,7 +182,9 @@ class Recorder:
         Raises:
             InputError: If nothing is recorded yet.
         """
-        return self.trace.state_dict() | {"clock": self._clock.state_dict()}
+        parts = {"clock": self._clock, "placement": self._placement, "allowance": self._allowance, "following": self._following}
+        state = self.trace.state_dict() | {name: part.state_dict() for name, part in parts.items()}
+        return state if self._beginning is None else state | {"beginning": dict(self._beginning)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a saved recorder was; call it before `attach`. Later snapshots in the trace folder are dropped.
@@ -159,24 +195,35 @@ class Recorder:
         Raises:
             InputError: If the state is damaged, of another probe, or the recorder is attached already.
         """
-        if self._run is not None:
+        if self._instrument is not None:
             raise InputError("Load the recorder's state before attach(optimizer).")
         trace = trace_from_state(state, "the given state")
         if trace.facts.probe_hash != self.probe.hash:
             raise InputError("The state was recorded on another probe set (inputs or targets differ). Give the recorder the same probe.")
+        if trace.facts.outputs != self.outputs:
+            raise InputError(f"The state was recorded with outputs={trace.facts.outputs!r}, not {self.outputs!r}. Resume with the same.")
         try:
+            check_fields(optimizers.Clock, state["clock"], "The clock of the given state")
             self._clock = optimizers.Clock(**state["clock"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"The given state has no valid clock ({error!r}); it is a trace, but no recorder's state_dict().") from error
+            if "allowance" in state:  # schema 1 knew no budget
+                self._allowance.load(state["allowance"])
+                self._following.load(state["following"])
+            self._placement.load(state.get("placement"), trace)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"The given state has no valid clock or plan ({error!r}); it is a trace, but no recorder's state_dict()."
+            ) from error
+        self._beginning = check_beginning(state.get("beginning"), self.model)
         self._trace = trace
         self._last_outputs = trace[-1].outputs
-        self._plan(trace.steps[-1])
 
     def _begin_trace(self, facts: RunFacts) -> None:
         """Open the trace, new or resumed."""
         resumed = self._trace
-        if resumed is not None and (resumed.facts.parameters, resumed.facts.precond) != (facts.parameters, facts.precond):
-            raise InputError("The state was recorded with another model or optimizer. Resume with the same ones, or start a new trace.")
+        if resumed is not None:
+            if (resumed.facts.parameters, resumed.facts.precond) != (facts.parameters, facts.precond):
+                raise InputError("The state was recorded with another model or optimizer. Resume with the same ones, or start a new trace.")
+            facts = replace(facts, stopped=resumed.facts.stopped, notes=resumed.facts.notes)
         if self._writer is not None:
             if resumed is not None:
                 self._writer.begin(facts, self.probe.tensors())
@@ -194,142 +241,139 @@ class Recorder:
         if resumed is None:
             source = "recorder" if self._writer is None else str(self._writer.folder)
             self._trace = Trace(facts, self.probe.tensors(), source)
+        else:
+            resumed.facts = facts
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Keep the weights of step 0: their M is known only after the first step."""
-        if self._clock.step == 0 and self._trace is not None and not len(self._trace):
-            self._beginning = {name: value.detach().clone() for name, value in _named_state(self.model)}
-        elif self._proxy is None and self.drift is not None and not self._stale:
-            self._proxy = self._proxy_kernel()  # resumed: the weights are still those of the last snapshot
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the weights of step 0, whose M is known only after the first step; look at the gradients of a snapshot's weights."""
+        assert self._trace is not None
+        with self._allowance.hook():
+            if self._trace.facts.stopped or optimizers.was_skipped(optimizer):
+                return
+            is_first = not len(self._trace)
+            if is_first:
+                self._beginning = copy_state(self.model)
+            if not self._stale and not is_first and self._proxy is None and self.drift is not None and self._allowance.permits("drift"):
+                self._proxy = self._attached.few_kernel(self._clock)  # resumed: the weights are still those of the last snapshot
+            has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))  # gradients are computed in the step itself
+            if not self._stale and not has_closure and self._allowance.permits("audit"):
+                instrument = self._attached
+                with self._allowance.pricing("audit", instrument.waiter()):
+                    self._audit.look(optimizer, instrument.routes.parameters, instrument.gradient())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Advance the clock, and take a snapshot if one is due."""
-        assert self._run is not None
         assert self._trace is not None
-        self._clock.tick(optimizer)
-        self._stale = True
-        if self._trace.facts.stopped:
-            return
-        if self._beginning is not None:
-            beginning, self._beginning = self._beginning, None
-            with _weights_of(self.model, beginning):
-                self._snapshot(at_start=True)
-        step = self._clock.step
-        if (self._due is not None and step >= self._due) or (
-            self.drift is not None and step % self._check_every == 0 and self._moved() > self.drift
-        ):
-            self._snapshot()
+        with self._allowance.hook():
+            if optimizers.was_skipped(optimizer):
+                return
+            self._clock.tick(optimizer)
+            self._stale, self._outputs = True, None
+            if self._trace.facts.stopped:
+                return
+            if not len(self._trace):
+                assert self._beginning is not None
+                with weights_of(self.model, self._beginning):
+                    self._snapshot(is_planned=True, at_start=True)
+                if not self.probe.num_query:
+                    self._beginning = None  # nothing to linearize for
+            if self.every_step and not self._trace.facts.stopped:
+                self._follow()
+            if self._wants_snapshot():
+                self._snapshot(is_planned=True)
 
-    def _snapshot(self, *, at_start: bool = False) -> None:
+    @property
+    def _attached(self) -> Instrument:
+        """What measures, once attached."""
+        assert self._instrument is not None
+        return self._instrument
+
+    def _follow(self) -> None:
+        """Keep the outputs after this step, if there is time."""
+        if not self._following.is_on:
+            return
+        # An interval is followed whole or not at all, so there must be time for the rest of it.
+        left = 1 if self._placement.due is None else max(1, self._placement.due - self._clock.step + 1)
+        if not self._allowance.permits("step", times=left):
+            self._following.skip()
+            return
+        with self._allowance.pricing("step", self._attached.waiter()):
+            self._outputs = self._attached.outputs()
+        self._following.add(self._outputs, self._clock.time, self._clock.step)
+
+    def _wants_snapshot(self) -> bool:
+        """Say whether a snapshot is due and can be afforded, or the kernel has moved too far."""
+        assert self._trace is not None
+        step, placement, allowance = self._clock.step, self._placement, self._allowance
+        if self._trace.facts.stopped:
+            return False
+        if placement.is_due(step):
+            if allowance.permits("snapshot"):
+                return True
+            placement.put_off()
+            return False
+        if self.drift is None or step % placement.check_every or not (allowance.permits("snapshot") and allowance.permits("drift")):
+            return False
+        return self._moved() > self.drift
+
+    def _snapshot(self, *, is_planned: bool, at_start: bool = False) -> None:
         """Take a snapshot; a run that has diverged is left alone, with one warning."""
         assert self._trace is not None
-        try:
-            snapshot = self._measure(0 if at_start else self._clock.step, 0.0 if at_start else self._clock.time)
-        except UserError as error:
-            reason = f"Recording stopped at step {self._clock.step}: {error}"
-            self._trace.facts = stop_early(self._trace.facts, reason)
-            if self._writer is not None:
-                self._writer.write_facts(self._trace.facts)
-            warnings.warn(reason, stacklevel=2)
-            return
+        instrument, clock = self._attached, self._clock
+        with self._allowance.pricing("snapshot", instrument.waiter()):
+            extra: dict[str, Tensor | None] = {}
+            if not at_start:
+                extra["step_outputs"], extra["step_times"] = self._following.collect()
+                extra["gradient_audit"] = self._audit.collect()
+            try:
+                snapshot = instrument.snapshot(
+                    clock,
+                    at=(0, 0.0) if at_start else (clock.step, clock.time),
+                    outputs=self._outputs,
+                    previous=self._last_outputs,
+                    beginning=self._beginning,
+                    extra=extra,
+                )
+                self._keep(snapshot, is_planned=is_planned, at_start=at_start)
+            except UserError as error:
+                reason = f"Recording stopped at step {clock.step}: {error}"
+                self._write_facts(stop_early(self._trace.facts, reason))
+                warnings.warn(reason, stacklevel=2)
+                return
+        bound = self._allowance.describe()
+        notes = self._placement.notes(bound) + self._following.notes(bound)
+        if notes != self._trace.facts.notes:
+            self._write_facts(replace(self._trace.facts, notes=notes))
+
+    def _keep(self, snapshot: Snapshot, *, is_planned: bool, at_start: bool) -> None:
+        """Add a snapshot to the trace, and plan the next."""
+        assert self._trace is not None
         self._trace.append(snapshot)
         if self._writer is not None:
             self._trace.entries[snapshot.step] = self._writer.write(snapshot)
         self._last_outputs = snapshot.outputs
         self._stale = at_start
-        self._plan(snapshot.step)
-        self._proxy = self._proxy_kernel() if self.drift is not None else None
+        if is_planned:
+            self._placement.advance(snapshot)
+        else:
+            self._placement.interrupt()
+        self._proxy = self._attached.few_kernel(self._clock) if self.drift is not None else None
 
-    def _plan(self, step: int) -> None:
-        """Decide when to look again after a snapshot."""
-        self._due = next_step(self.schedule, step)
-        self._check_every = 1 if self._due is None else max(1, (self._due - step) // PROXY_CHECKS)
-
-    def _measure(self, step: int, time: float) -> Snapshot:
-        """Compute everything a snapshot holds, at the weights the model has now."""
-        assert self._run is not None
-        run, probe = self._run, self.probe
-        state = optimizers.mechanics(run.optimizer, run.routes.parameters, self._clock, at=dict(run.routes.parameters), precond=run.precond)
-        with undisturbed(self.model):
-            with torch.no_grad():
-                outputs = forward_rows(self.model, probe.inputs, probe.forward_fn)
-            if not bool(torch.isfinite(outputs).all()):
-                raise InputError("the outputs on the probe are not finite: the run has diverged. Lower the learning rate.")
-            kernel = self._kernel(state.precond, probe.inputs)
-            forcing = None
-            if state.decay is not None:
-                options = {"routes": run.routes, "coverage": run.coverage, "budget": self.budget}
-                forcing = push_forward(self.model, probe.inputs, state.decay, **options)
-            query_outputs = cross = None
-            if probe.query_inputs is not None:
-                with torch.no_grad():
-                    query_outputs = forward_rows(self.model, probe.query_inputs, probe.forward_fn).cpu()
-                cross = self._kernel(state.precond, probe.query_inputs, probe.inputs).cpu()
-        if not bool(torch.isfinite(kernel).all()):
-            raise InputError("the kernel on the probe is not finite: the run has diverged. Lower the learning rate.")
-        stored = outputs.cpu()
-        return Snapshot(
-            step=step,
-            time=time,
-            learning_rates=tuple(float(group["lr"]) for group in run.optimizer.param_groups),
-            loss=probe.loss.value(stored),
-            outputs=stored,
-            gradient=probe.loss.gradient(stored),
-            hessian=probe.loss.hessian_blocks(stored),
-            mean_hessian=None if self._last_outputs is None else probe.loss.mean_hessian_blocks(self._last_outputs, stored),
-            kernel_upper=pack_upper(kernel).cpu(),
-            query_outputs=query_outputs,
-            cross_kernel=cross,
-            forcing=None if forcing is None else forcing.cpu(),
-            gate_open=state.gate_open,
-        )
-
-    def _kernel(self, precond: dict[str, Tensor | float], inputs: Any, other: Any = None) -> Tensor:
-        """Compute K or K_QS."""
-        assert self._run is not None
-        is_plain = all(not isinstance(value, Tensor) and value == 1.0 for value in precond.values())
-        return blockwise_gram(
-            self.model,
-            inputs,
-            other,
-            routes=self._run.routes,
-            coverage=self._run.coverage,
-            outputs="full",
-            precond=None if is_plain else precond,
-            budget=self.budget,
-            progress=None,
-        )
-
-    def _proxy_kernel(self) -> Tensor:
-        """Compute the kernel of a few probe examples."""
-        assert self._run is not None
-        state = optimizers.mechanics(
-            self._run.optimizer,
-            self._run.routes.parameters,
-            self._clock,
-            at=dict(self._run.routes.parameters),
-            precond=self._run.precond,
-        )
-        with undisturbed(self.model):
-            return self._kernel(state.precond, self.probe.few)
+    def _write_facts(self, facts: RunFacts) -> None:
+        """Change the facts, on disk as well."""
+        assert self._trace is not None
+        self._trace.facts = facts
+        if self._writer is not None:
+            self._writer.write_facts(facts)
 
     def _moved(self) -> float:
-        """Measure how far the proxy kernel has moved since the last snapshot, relative to its norm then."""
+        """Measure how far the kernel of a few examples has moved since the last snapshot, relative to its norm then."""
         if self._proxy is None:
             return 0.0
-        gap = float(torch.linalg.vector_norm(self._proxy_kernel() - self._proxy))
+        with self._allowance.pricing("drift", self._attached.waiter()):
+            gap = float(torch.linalg.vector_norm(self._attached.few_kernel(self._clock) - self._proxy))
         scale = float(torch.linalg.vector_norm(self._proxy))
         return gap / scale if scale > 0 else math.inf
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the recorder is attached to."""
-
-    optimizer: Optimizer
-    precond: optimizers.PrecondFn | None
-    routes: Routes
-    coverage: Coverage
 
 
 def _precond_kind(optimizer: Optimizer, precond: optimizers.PrecondFn | None) -> str:
@@ -339,22 +383,3 @@ def _precond_kind(optimizer: Optimizer, precond: optimizers.PrecondFn | None) ->
     if isinstance(optimizer, optimizers.GatedAdamW):
         return "gate"
     return "adam" if isinstance(optimizer, optimizers.ADAMS) else "identity"
-
-
-def _named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over parameters and buffers."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-@contextmanager
-def _weights_of(model: nn.Module, state: dict[str, Tensor]) -> Generator[None, None, None]:
-    """Swap other weights and buffers in: by pointer, so that the model's own storage is not even touched."""
-    own = {name: tensor.data for name, tensor in _named_state(model)}
-    try:
-        for name, tensor in _named_state(model):
-            tensor.data = state[name]
-        yield
-    finally:
-        for name, tensor in _named_state(model):
-            tensor.data = own[name]

@@ -1,5 +1,6 @@
 """One moment of a run, with everything the analysis needs from it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +13,7 @@ from ntkscope._checks import InputError, check_finite
 from ntkscope.record.fields import check_fields
 
 NUMBERS = {"step", "time", "learning_rates", "loss"}
+OPTIONAL_NUMBERS = {"probe_hash"}
 REQUIRED = {"outputs", "gradient", "hessian", "kernel_upper"}
 
 
@@ -28,11 +30,19 @@ class Snapshot:
         gradient: g = ∇Φ, float64.
         hessian: Blocks of ∇²Φ, float64.
         mean_hessian: Average of the blocks over the way from the previous snapshot (three-point Gauss); None in the first.
-        kernel_upper: Upper triangle of K = J M Jᵀ, row by row, in the model's precision.
+        kernel_upper: Upper triangle of K = J M Jᵀ, row by row, in the model's precision; in the trace form of K_tr / C.
         query_outputs: Outputs on the query set.
-        cross_kernel: K_QS = J_Q M Jᵀ.
+        cross_kernel: K_QS = J_Q M Jᵀ; in the trace form one entry per pair of examples.
         forcing: r of du/dτ = −K g − r (weight decay); None without.
         gate_open: Share of open gates per parameter tensor, in the manifest's order; None without a gate.
+        query_forcing: r on the query set; None without decay or query set.
+        linearized: Outputs of the model linearized at step 0, u_0 + J(w_0)(w − w_0); None without a query set.
+        query_linearized: The same on the query set.
+        gradient_audit: One row per audited step since the previous snapshot: ⟨p.grad, ∇Φ⟩, ‖∇Φ‖², ‖p.grad‖², and the cosine between
+            what ∇Φ does not explain now and at the audit before (NaN for the first); float64. None if no step was audited.
+        step_outputs: u after every step since the previous snapshot, the snapshot's own last; None if steps are not followed.
+        step_times: τ there.
+        probe_hash: SHA-256 of probe inputs and targets; None in old records.
     """
 
     step: int
@@ -45,9 +55,16 @@ class Snapshot:
     mean_hessian: Float[Tensor, "examples classes classes"] | None
     kernel_upper: Float[Tensor, " pairs"]
     query_outputs: Float[Tensor, "queries classes"] | None = None
-    cross_kernel: Float[Tensor, "query_outputs outputs"] | None = None
+    cross_kernel: Float[Tensor, "cross_rows cross_columns"] | None = None
     forcing: Float[Tensor, "examples classes"] | None = None
     gate_open: Float[Tensor, " tensors"] | None = None
+    query_forcing: Float[Tensor, "queries classes"] | None = None
+    linearized: Float[Tensor, "examples classes"] | None = None
+    query_linearized: Float[Tensor, "queries classes"] | None = None
+    gradient_audit: Float[Tensor, "audits 4"] | None = None
+    step_outputs: Float[Tensor, "steps examples classes"] | None = None
+    step_times: Float[Tensor, " steps"] | None = None
+    probe_hash: str | None = None
 
     @property
     def kernel_eps(self) -> float:
@@ -55,17 +72,12 @@ class Snapshot:
         return 1e-10 if self.kernel_upper.dtype == torch.float64 else 1e-4
 
     def kernel(self) -> Float[Tensor, "outputs outputs"]:
-        """Unpack K.
+        """Unpack K, whichever form is stored.
 
         Returns:
-            The symmetric kernel, float64.
+            The symmetric kernel, float64: one row per output, or in the trace form one row per example.
         """
-        num_outputs = self.outputs.numel()
-        rows, columns = torch.triu_indices(num_outputs, num_outputs)
-        kernel = torch.zeros(num_outputs, num_outputs, dtype=torch.float64)
-        kernel[rows, columns] = self.kernel_upper.double()
-        kernel[columns, rows] = self.kernel_upper.double()
-        return kernel
+        return unpack_upper(self.kernel_upper.double())
 
     def split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Separate numbers from tensors, for a file.
@@ -93,10 +105,10 @@ class Snapshot:
             InputError: If a field is missing or unknown, a shape does not fit, or an entry is not finite.
         """
         source = f"The snapshot at step {numbers.get('step')}"
-        check_fields(Snapshot, numbers, source, names=NUMBERS)
+        check_fields(Snapshot, numbers, source, names=NUMBERS | (OPTIONAL_NUMBERS & set(numbers)))
         if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{source} is damaged: its tensors are none. Record it again.")
-        known = {field.name for field in fields(Snapshot)} - NUMBERS
+        known = {field.name for field in fields(Snapshot)} - NUMBERS - OPTIONAL_NUMBERS
         missing, unknown = sorted(REQUIRED - set(tensors)), sorted(set(tensors) - known)
         if missing or unknown:
             raise InputError(f"{source} is damaged: tensors missing {missing}, unknown {unknown}. Record it again.")
@@ -111,11 +123,14 @@ class Snapshot:
             time=float(numbers["time"]),
             learning_rates=rates,
             loss=float(numbers["loss"]),
+            probe_hash=numbers.get("probe_hash"),
             **{name: tensors[name] for name in REQUIRED},
             **optional,
         )
         for name, tensor in tensors.items():
-            check_finite(f"`{name}` of the snapshot at step {snapshot.step}", tensor, "Choose a window that ends before it.")
+            # The first audit of a run has no cosine with one before.
+            checked = tensor[:, :3] if name == "gradient_audit" else tensor
+            check_finite(f"`{name}` of the snapshot at step {snapshot.step}", checked, "Choose a window that ends before it.")
         return snapshot
 
 
@@ -125,18 +140,21 @@ def _expected_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]
     if outputs.ndim != 2 or outputs.numel() == 0:
         return {"outputs": (-1, -1)}
     num_examples, num_classes = outputs.shape
-    num_outputs = num_examples * num_classes
-    blocks = (num_examples, num_classes, num_classes)
-    expected: dict[str, tuple[int, ...]] = {
-        "gradient": (num_examples, num_classes),
-        "hessian": blocks,
-        "mean_hessian": blocks,
-        "kernel_upper": (num_outputs * (num_outputs + 1) // 2,),
-        "forcing": (num_examples, num_classes),
-    }
-    if query is not None:
-        expected["query_outputs"] = (len(query) if query.ndim else 0, num_classes)
-    expected["cross_kernel"] = (query.numel() if query is not None else -1, num_outputs)
+    num_query = -1 if query is None else len(query) if query.ndim else 0
+    audits, steps = tensors.get("gradient_audit"), tensors.get("step_times")
+    num_steps = steps.numel() if steps is not None else -1
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("gradient", "forcing", "linearized"), (num_examples, num_classes))
+    expected |= dict.fromkeys(("query_outputs", "query_forcing", "query_linearized"), (num_query, num_classes))
+    expected |= dict.fromkeys(("hessian", "mean_hessian"), (num_examples, num_classes, num_classes))
+    # Kernels come in two forms: one row per output, or one per example. The cross kernel has the form of the kernel beside it.
+    is_trace = tensors["kernel_upper"].numel() == num_examples * (num_examples + 1) // 2
+    width = 1 if is_trace else num_classes
+    size = num_examples * width
+    expected["kernel_upper"] = (size * (size + 1) // 2,)
+    expected["cross_kernel"] = (num_query * width, size)
+    expected["gradient_audit"] = (len(audits) if audits is not None and audits.ndim else -1, 4)
+    expected["step_times"] = (num_steps,)
+    expected["step_outputs"] = (num_steps, num_examples, num_classes)
     return expected
 
 
@@ -151,3 +169,25 @@ def pack_upper(kernel: Float[Tensor, "outputs outputs"]) -> Float[Tensor, " pair
     """
     rows, columns = torch.triu_indices(*kernel.shape)
     return kernel[rows, columns]
+
+
+def unpack_upper(packed: Float[Tensor, " pairs"]) -> Float[Tensor, "outputs outputs"]:
+    """Undo `pack_upper`.
+
+    Args:
+        packed: `N (N + 1) / 2` entries.
+
+    Returns:
+        The symmetric matrix, in their precision.
+
+    Example:
+        >>> unpack_upper(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+    size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+    rows, columns = torch.triu_indices(size, size)
+    matrix = packed.new_zeros(size, size)
+    matrix[rows, columns] = packed
+    matrix[columns, rows] = packed
+    return matrix

@@ -6,60 +6,20 @@ renamed: a killed run loses at most the snapshot in flight. No pickle.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
-from ntkscope.record.fields import check_fields
+from ntkscope.record.facts import SCHEMA, RunFacts, check_schema, facts_from
+from ntkscope.record.files import read_numbers, read_snapshot, read_tensor
+from ntkscope.record.retiming import Retiming
 from ntkscope.record.snapshot import Snapshot
-
-SCHEMA = "ntkscope.trace/1"
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What does not change along a run.
-
-    Attributes:
-        num_examples: n of the probe.
-        num_classes: C.
-        num_params: p, parameters that the optimizer trains.
-        num_query: q, 0 without a query set.
-        loss: Name of the loss.
-        optimizer: Class and settings, for people.
-        precond: Kind of M: "identity", "adam", "gate" or "custom".
-        stability_edge: θ of theory.md section 2: training is stable while lr * λ_max < θ; None if unknown.
-        momentum_lag: Steps by which momentum makes the flow lag, β/(1 − β).
-        parameters: Names of the trained parameter tensors.
-        parameter_sizes: Their numbers of entries.
-        gate: Kind of the gate, None without.
-        probe_hash: SHA-256 of probe inputs and targets.
-        train_only: Kinds of modules that act differently in training (Dropout, BatchNorm); the probe is followed in evaluation mode.
-        stopped: Why recording ended early; empty if it did not.
-    """
-
-    num_examples: int
-    num_classes: int
-    num_params: int
-    num_query: int
-    loss: str
-    optimizer: str
-    precond: str
-    stability_edge: float | None
-    momentum_lag: float
-    parameters: list[str]
-    parameter_sizes: list[int]
-    gate: str | None
-    probe_hash: str
-    train_only: list[str]
-    stopped: str = ""
 
 
 @dataclass
@@ -71,12 +31,14 @@ class Trace(Displayed):
         probe: `targets` of the probe, and if known `clean_targets` and `query_targets`.
         source: Where it came from.
         entries: Snapshots, or the files that hold them, by step.
+        retimed: Other times by step, see `rescale.rescaled`; empty for times as recorded.
     """
 
     facts: RunFacts
     probe: dict[str, Tensor]
     source: str
     entries: dict[int, Snapshot | Path] = field(default_factory=dict)
+    retimed: dict[int, Retiming] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[int]:
@@ -87,20 +49,67 @@ class Trace(Displayed):
         return len(self.entries)
 
     def __getitem__(self, position: int) -> Snapshot:
-        entry = self.entries[self.steps[position]]
+        step = self.steps[position]
+        entry = self.entries[step]
         snapshot = read_snapshot(entry) if isinstance(entry, Path) else entry
-        shape = (self.facts.num_examples, self.facts.num_classes)
-        if tuple(snapshot.outputs.shape) != shape:
-            raise InputError(
-                f"The snapshot at step {snapshot.step} has outputs {tuple(snapshot.outputs.shape)}, the trace {shape}: "
-                "it is of another probe or model."
-            )
-        if (snapshot.cross_kernel is None) == (self.facts.num_query > 0):
-            raise InputError(f"The snapshot at step {snapshot.step} and the trace disagree on whether there is a query set.")
-        return snapshot
+        self._check(snapshot)
+        return self.retimed[step].of(snapshot) if step in self.retimed else snapshot
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return (self[position] for position in range(len(self)))
+        before: tuple[int, float] | None = None
+        for position in range(len(self)):
+            snapshot = self[position]
+            if before is not None:
+                _check_order(before, (snapshot.step, snapshot.time))
+            before = (snapshot.step, snapshot.time)
+            yield snapshot
+
+    @property
+    def times(self) -> list[float]:
+        """Optimizer times of the snapshots, ascending; of those in files only the numbers are read.
+
+        Returns:
+            One per step.
+
+        Raises:
+            InputError: If time runs backwards between two of them, or a file is damaged.
+        """
+        found: list[float] = []
+        for step in self.steps:
+            entry = self.entries[step]
+            time = float(read_numbers(entry).get("time", 0.0)) if isinstance(entry, Path) else entry.time
+            if step in self.retimed:
+                time = self.retimed[step].offset + self.retimed[step].factor * time
+            if found:
+                _check_order((self.steps[len(found) - 1], found[-1]), (step, time))
+            found.append(time)
+        return found
+
+    def gradient_audits(self) -> list[Tensor | None]:
+        """Read what the audits of gradients found; of files nothing else is read.
+
+        Returns:
+            For each snapshot the rows since the one before, None where no step was audited.
+        """
+        entries = [self.entries[step] for step in self.steps]
+        return [read_tensor(entry, "gradient_audit") if isinstance(entry, Path) else entry.gradient_audit for entry in entries]
+
+    def _check(self, snapshot: Snapshot) -> None:
+        """Check that a snapshot is of this trace."""
+        facts, at = self.facts, f"The snapshot at step {snapshot.step}"
+        if snapshot.probe_hash not in (None, facts.probe_hash):
+            raise InputError(f"{at} is of another probe set than the trace (their hashes differ). Remove it, or record the run again.")
+        shape = (facts.num_examples, facts.num_classes)
+        if tuple(snapshot.outputs.shape) != shape:
+            raise InputError(f"{at} has outputs {tuple(snapshot.outputs.shape)}, the trace {shape}: it is of another probe or model.")
+        size = facts.num_examples * (1 if facts.outputs == "trace" else facts.num_classes)
+        if snapshot.kernel_upper.numel() != size * (size + 1) // 2:
+            raise InputError(
+                f"{at} has a kernel of {snapshot.kernel_upper.numel()} packed entries, but outputs={facts.outputs!r} with "
+                f"{facts.num_examples} examples and {facts.num_classes} classes takes {size * (size + 1) // 2}. Record the run again."
+            )
+        if (snapshot.cross_kernel is None) == (facts.num_query > 0):
+            raise InputError(f"{at} and the trace disagree on whether there is a query set.")
 
     def append(self, snapshot: Snapshot) -> None:
         """Add a snapshot.
@@ -136,9 +145,9 @@ def trace_from_state(state: Mapping[str, Any], source: str) -> Trace:
     Raises:
         InputError: If it is of another schema or damaged.
     """
-    _check_schema(state.get("schema"), source)
+    check_schema(state.get("schema"), source)
     try:
-        facts = _facts(state["facts"], source)
+        facts = facts_from(state["facts"], source, state["schema"])
         trace = Trace(facts, _probe(state["probe"], facts, source), source)
         for part in state["snapshots"]:
             trace.append(Snapshot.join(dict(part["numbers"]), dict(part["tensors"])))
@@ -173,106 +182,19 @@ def load_trace(folder: Path) -> Trace:
         schema, values = content.get("schema"), content["facts"]
     except (ValueError, KeyError, AttributeError, TypeError, OSError, safetensors.SafetensorError) as error:
         raise InputError(f"The trace in {folder} is damaged: {error}.") from error
-    _check_schema(schema, str(manifest))
-    facts = _facts(values, str(manifest))
+    check_schema(schema, str(manifest))
+    facts = facts_from(values, str(manifest), schema)
     probe = _probe(probe, facts, str(folder))
     files = {int(path.stem.rpartition("-")[2]): path for path in folder.glob("snapshot-*.safetensors")}
     return Trace(facts, probe, str(folder), dict(files))
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """Read one snapshot file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The snapshot.
-
-    Raises:
-        InputError: If it is truncated, foreign or damaged.
-    """
-    try:
-        tensors = load_file(path)
-        with safetensors.safe_open(path, framework="pt") as handle:
-            numbers = json.loads(handle.metadata()["numbers"])
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is truncated or no snapshot: {error}. Delete the file to go on without it.") from error
-    return Snapshot.join(numbers, tensors)
-
-
-class TraceWriter:
-    """Writes a trace folder as the run goes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def begin(self, facts: RunFacts, probe: Mapping[str, Tensor]) -> None:
-        """Write the manifest and the probe.
-
-        Args:
-            facts: What does not change.
-            probe: Targets.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_when_done(self.folder / "probe.safetensors") as temporary:
-            save_file(dict(probe), temporary)
-        self.write_facts(facts)
-
-    def write_facts(self, facts: RunFacts) -> None:
-        """Write the manifest alone.
-
-        Args:
-            facts: What does not change.
-        """
-        with replace_when_done(self.folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps({"schema": SCHEMA, "facts": asdict(facts)}, indent=1), encoding="utf-8")
-
-    def write(self, snapshot: Snapshot) -> Path:
-        """Write one snapshot.
-
-        Args:
-            snapshot: The newest moment.
-
-        Returns:
-            Its file.
-        """
-        numbers, tensors = snapshot.split()
-        path = self.folder / f"snapshot-{snapshot.step:09d}.safetensors"
-        with replace_when_done(path) as temporary:
-            save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
-        return path
-
-    def forget_after(self, step: int) -> None:
-        """Remove snapshots later than a step: a resumed run will write them anew.
-
-        Args:
-            step: The last step to keep.
-        """
-        for path in self.folder.glob("snapshot-*.safetensors"):
-            if int(path.stem.rpartition("-")[2]) > step:
-                path.unlink()
-
-
-def stop_early(facts: RunFacts, reason: str) -> RunFacts:
-    """Note why recording ended.
-
-    Args:
-        facts: The facts so far.
-        reason: One sentence.
-
-    Returns:
-        New facts.
-    """
-    return replace(facts, stopped=reason)
-
-
-def _check_schema(schema: object, source: str) -> None:
-    """Check that a schema is ours and known."""
-    if schema != SCHEMA:
+def _check_order(before: tuple[int, float], after: tuple[int, float]) -> None:
+    """Check that time does not run backwards between two snapshots, each given as step and time."""
+    if after[1] < before[1]:
         raise InputError(
-            f"{source} has schema {schema!r}; this version reads {SCHEMA!r}. "
-            "If it was written by a newer ntkscope, update this one; else it is no trace."
+            f"Time runs backwards between the snapshots at step {before[0]} (time {before[1]:g}) and step {after[0]} (time {after[1]:g}): "
+            "they are not of one run. Remove those of the other run."
         )
 
 
@@ -284,11 +206,3 @@ def _probe(tensors: Mapping[str, Any], facts: RunFacts, source: str) -> dict[str
     if not (is_sound and all(isinstance(t, Tensor) and t.ndim and len(t) == lengths[name] for name, t in probe.items())):
         raise InputError(f"The probe in {source} is damaged: it must hold `targets`, one per example. Record the run again.")
     return probe
-
-
-def _facts(values: Mapping[str, Any], source: str) -> RunFacts:
-    """Rebuild facts, naming what is missing or of the wrong type."""
-    if not isinstance(values, Mapping):
-        raise InputError(f"{source} is damaged: its facts are {type(values).__name__}, not a table.")
-    check_fields(RunFacts, values, source)
-    return RunFacts(**values)

@@ -12,11 +12,12 @@ from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import probe_routes
-from ntkscope.kernel.model import forward_rows, select_parameters, train_only_kinds
+from ntkscope.kernel.model import forward_rows, kinked_kinds, select_parameters, train_only_kinds
 from ntkscope.record.checkpoint import find_weights, load_checkpoint, stored_learning_rate, stored_step
+from ntkscope.record.facts import RunFacts
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.snapshot import Snapshot, pack_upper
-from ntkscope.record.trace import RunFacts, Trace
+from ntkscope.record.trace import Trace
 
 
 def trace_from_checkpoints(
@@ -82,6 +83,7 @@ def trace_from_checkpoints(
         gate=None,
         probe_hash=probe.hash,
         train_only=train_only_kinds(model),
+        kinked=kinked_kinds(model, probe.few, probe.forward_fn),
     )
     trace = Trace(facts, probe.tensors(), ", ".join(str(files[k]) for k in order))
     previous: Tensor | None = None
@@ -159,4 +161,5 @@ def _measure(model: nn.Module, probe: ProbeSet, step: int, time: float, previous
             kernel_upper=pack_upper(kernel(probe.inputs)),
             query_outputs=query,
             cross_kernel=None if probe.query_inputs is None else kernel(probe.query_inputs, probe.inputs),
+            probe_hash=probe.hash,
         )

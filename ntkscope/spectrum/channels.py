@@ -39,7 +39,7 @@ class ChannelSplit(Displayed):
         """
         return self.signal_basis @ self.signal_basis.T
 
-    def reservoir_part(self, residual: Float[Tensor, " modes"]) -> Float[Tensor, " modes"]:
+    def reservoir_part(self, residual: Float[Tensor, "modes ..."]) -> Float[Tensor, "modes ..."]:
         """Project onto the reservoir: (I − Π) h.
 
         Args:
@@ -81,7 +81,7 @@ def split_channels(spectrum: Spectrum, cutoff: Cutoff) -> ChannelSplit:
     )
 
 
-def example_energy(coordinates: Float[Tensor, " modes"], owner: Tensor, num_examples: int) -> Float[Tensor, " examples"]:
+def example_energy(coordinates: Float[Tensor, "modes ..."], owner: Tensor, num_examples: int) -> Float[Tensor, " examples"]:
     """Sum squared coordinates by example.
 
     Args:
@@ -92,4 +92,5 @@ def example_energy(coordinates: Float[Tensor, " modes"], owner: Tensor, num_exam
     Returns:
         ‖[·]_i‖² for every example.
     """
-    return torch.zeros(num_examples, dtype=coordinates.dtype).index_add(0, owner, coordinates.square())
+    squares = coordinates.reshape(len(coordinates), -1).square().sum(dim=1)
+    return torch.zeros(num_examples, dtype=coordinates.dtype).index_add(0, owner, squares)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ntkscope._checks import InputError
-from ntkscope.spectrum.eigen import Spectrum
+from ntkscope.spectrum.eigen import Spectrum, squared_rows
 
 ALWAYS_SHOWN = ("half", "energy", "gap", "rank", "mp", "gd", "risk")
 # Square matrix, unknown noise level: Marchenko–Pastur edge and Gavish–Donoho threshold over the median singular value.
@@ -38,7 +38,7 @@ class Cutoff:
     selected: Bool[Tensor, " modes"] | None = None
 
 
-def apply_cutoff(rule: str, spectrum: Spectrum, *, example_motions: Float[Tensor, "modes examples"] | None = None) -> Cutoff:
+def apply_cutoff(rule: str, spectrum: Spectrum, *, example_motions: Float[Tensor, "modes examples ..."] | None = None) -> Cutoff:
     """Apply one rule.
 
     Args:
@@ -121,7 +121,7 @@ def _above(rule: str, eigvals: Tensor, threshold: float, note: str = "") -> Cuto
 
 def _energy(rule: str, spectrum: Spectrum, share: float) -> Cutoff:
     """Keep the fewest leading directions that explain a share of the dissipated loss."""
-    energies = (spectrum.eigvals * (spectrum.eigvecs.T @ spectrum.residual).square()).cumsum(0)
+    energies = (spectrum.eigvals * spectrum.residual_energy).cumsum(0)
     if float(energies[-1]) == 0.0:
         return Cutoff(rule, None, None, "nothing was dissipated")
     return Cutoff(rule, None, int((energies < share * energies[-1]).sum()) + 1 if share > 0 else 0)
@@ -141,7 +141,23 @@ def _risk(rule: str, spectrum: Spectrum, example_motions: Tensor | None) -> Cuto
     """Keep directions whose mean motion over examples beats its leave-one-out noise: mean² > var / (n − 1)."""
     if example_motions is None:
         return Cutoff(rule, None, None, "needs the motion that each example causes")
-    projected = spectrum.eigvecs.T @ example_motions  # [modes, examples]
-    mean, variance = projected.mean(dim=1), projected.var(dim=1, correction=0)
-    is_signal = mean.square() > variance / (projected.shape[1] - 1)
+    mean, variance = risk_moments(spectrum.eigvecs, example_motions)
+    is_signal = mean > variance / (example_motions.shape[1] - 1)
     return Cutoff(rule, None, int(is_signal.sum()), "directions that pass need not be the leading ones", is_signal)
+
+
+def risk_moments(
+    eigvecs: Float[Tensor, "modes modes"], example_motions: Float[Tensor, "modes examples ..."]
+) -> tuple[Float[Tensor, " modes"], Float[Tensor, " modes"]]:
+    """Compute squared mean and variance over examples of the motion along every direction.
+
+    Args:
+        eigvecs: Directions.
+        example_motions: Whitened motion that each example's gradient causes, times n.
+
+    Returns:
+        Squared mean and variance (with 1/n), summed over columns.
+    """
+    projected = torch.tensordot(eigvecs.T, example_motions, dims=1)  # [modes, examples, *columns]
+    mean, variance = projected.mean(dim=1), projected.var(dim=1, correction=0)
+    return squared_rows(mean), variance.reshape(len(variance), -1).sum(dim=1)

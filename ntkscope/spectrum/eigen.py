@@ -26,7 +26,7 @@ class Spectrum(Displayed):
         eigvecs: Directions as columns, in the coordinates of R.
         log_dissipation: κ = −log of the singular values of P̃, descending; float64 resolves it to about 36. It belongs to
             its own directions and is not a function of ω unless B is constant.
-        residual: h = B_s^{†½} g_s, the whitened gradient at the start.
+        residual: h = B_s^{†½} g_s, the whitened gradient at the start; in the trace form one column per class.
         owner: Example of each coordinate of R.
         effective_rank: exp of the entropy of ω / Σω.
         stable_rank: Σω / ω_1.
@@ -35,16 +35,33 @@ class Spectrum(Displayed):
     eigvals: Float[Tensor, " modes"]
     eigvecs: Float[Tensor, "modes modes"]
     log_dissipation: Float[Tensor, " modes"]
-    residual: Float[Tensor, " modes"]
+    residual: Float[Tensor, "modes ..."]
     owner: Int[Tensor, " modes"]
     effective_rank: float
     stable_rank: float
+
+    @property
+    def residual_energy(self) -> Float[Tensor, " modes"]:
+        """Squared residual along every direction, (v_iᵀh)², summed over columns."""
+        return squared_rows(self.eigvecs.T @ self.residual)
+
+
+def squared_rows(coordinates: Float[Tensor, "rows ..."]) -> Float[Tensor, " rows"]:
+    """Sum squares over all columns.
+
+    Args:
+        coordinates: One row per direction.
+
+    Returns:
+        One number per row.
+    """
+    return coordinates.reshape(len(coordinates), -1).square().sum(dim=1)
 
 
 def dissipation_spectrum(
     state: Dissipation,
     whitening: Whitening,
-    gradient: Float[Tensor, " outputs"],
+    gradient: Float[Tensor, "outputs ..."],
     *,
     tie_breaker: Float[Tensor, "modes modes"] | None = None,
     device: torch.device | str | None = None,
@@ -91,11 +108,24 @@ def dissipation_spectrum(
         eigvals=eigvals,
         eigvecs=eigvecs,
         log_dissipation=log_dissipation.flip(0),
-        residual=whitening.gradient(gradient[:, None]).flatten(),
+        residual=whiten_field(whitening, gradient),
         owner=whitening.owner,
         effective_rank=math.exp(entropy) if total > 0 else 0.0,
         stable_rank=total / largest if largest > 0 else 0.0,
     )
+
+
+def whiten_field(whitening: Whitening, gradient: Float[Tensor, "outputs ..."]) -> Float[Tensor, "modes ..."]:
+    """Whiten a gradient, keeping its columns if it has any.
+
+    Args:
+        whitening: Of B_s.
+        gradient: Output gradient.
+
+    Returns:
+        B_s^{†½} g.
+    """
+    return whitening.gradient(gradient.reshape(len(gradient), -1)).reshape(-1, *gradient.shape[1:])
 
 
 def whitened_gramian(state: Dissipation, whitening: Whitening) -> Float[Tensor, "modes modes"]:

@@ -1,14 +1,19 @@
 """One row per probe example: its reservoir energy, and beside it what else would rank suspicious labels."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import scipy  # its subpackages load when first used: scipy.stats alone would take a fifth of the time of import torch
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ntkscope._display import Displayed
+from ntkscope._atomic import replace_when_done
+from ntkscope._checks import InputError, check_choice
+from ntkscope._display import Displayed, to_frame
 
 # Whether a large value is suspicious; a wrong label has a small margin.
 SUSPICIOUS_WHEN_LARGE = {
@@ -17,8 +22,21 @@ SUSPICIOUS_WHEN_LARGE = {
     "margin": False,
     "area_under_margin": False,
     "self_influence": True,
+    "half_time": True,
     "quarter_time": True,
 }
+
+FROM_OPERATORS = {"reservoir_energy", "half_time", "quarter_time"}
+COLUMNS = (
+    "reservoir_energy",
+    "reservoir_share",
+    "loss",
+    "margin",
+    "area_under_margin",
+    "self_influence",
+    "half_time",
+    "quarter_time",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,10 @@ class Examples(Displayed):
         self_influence: Σ_c K[(i,c),(i,c)] at the window's end.
         half_time: Optimizer time at which half of the example's squared residual was gone; infinite if never.
         quarter_time: Likewise, when a quarter is left.
+        residual_left: Share of each example's squared residual that was left at the last snapshot: orders those whose times are infinite.
+        recommended: Score that ranks suspicious labels best on the runs we measured, chosen by the loss alone: `reservoir_energy` where its
+            Hessian is constant (squared, mse), else `half_time` (benchmarks/RESULTS.md).
+        abstains: Why nothing should be called suspicious (closure errors too large); empty where nothing speaks against it.
     """
 
     ids: list[int]
@@ -52,14 +74,79 @@ class Examples(Displayed):
     self_influence: Float[Tensor, " examples"]
     half_time: Float[Tensor, " examples"]
     quarter_time: Float[Tensor, " examples"]
+    residual_left: Float[Tensor, " examples"]
+    recommended: str = "reservoir_energy"
+    abstains: str = ""
 
-    def ranking(self) -> list[int]:
+    def ranking(self, by: str | None = None) -> list[int]:
         """Order the examples, most suspicious first.
 
+        Args:
+            by: Score to rank by: one of the columns; the recommended one if not given.
+
         Returns:
-            Positions, by descending reservoir energy.
+            Positions, most suspicious first.
+
+        Raises:
+            InputError: If there is no such score, or it rests on operators that the closure errors say not to believe.
         """
-        return self.reservoir_energy.argsort(descending=True, stable=True).tolist()
+        by = self.recommended if by is None else by
+        check_choice("by", by, SUSPICIOUS_WHEN_LARGE)
+        if self.abstains and by in FROM_OPERATORS:
+            raise InputError(
+                f"No ranking by {by}: {self.abstains}. Mend the recording, choose an earlier window, or rank by 'loss', 'margin' or "
+                "'area_under_margin', which are observed."
+            )
+        return self._sortable(by).argsort(descending=SUSPICIOUS_WHEN_LARGE[by], stable=True).tolist()
+
+    def _sortable(self, name: str) -> Tensor:
+        """Take a column to rank by; examples that never reached a level come last, the least learned at the very end."""
+        values: Tensor = getattr(self, name)
+        never = torch.isinf(values)
+        if name not in ("half_time", "quarter_time") or not bool(never.any()):
+            return values
+        latest = float(values[~never].max()) if bool((~never).any()) else 0.0
+        return torch.where(never, latest + 1 + self.residual_left, values)
+
+    def table(self) -> dict[str, list[Any]]:
+        """List all columns, the examples in the order of the probe: `pandas.DataFrame(examples.table())`.
+
+        Returns:
+            Columns by name; `rank` is 1 for the most suspicious, None where the table abstains.
+        """
+        columns: dict[str, list[Any]] = {"id": self.ids, "label": self.labels or [None] * len(self.ids)}
+        if self.is_noise is not None:
+            columns |= {"true_label": self.true_labels or [None] * len(self.ids), "is_noise": self.is_noise.tolist()}
+        ranks: list[int | None] = [None] * len(self.ids)
+        if not self.abstains:
+            for rank, position in enumerate(self.ranking()):
+                ranks[position] = rank + 1
+        columns["rank"] = ranks
+        return columns | {name: getattr(self, name).tolist() for name in COLUMNS}
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the table.
+
+        Args:
+            path: The file; whole or not there.
+
+        Returns:
+            The file.
+        """
+        columns = self.table()
+        with replace_when_done(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        return Path(path)
+
+    def to_pandas(self) -> Any:
+        """Turn the table into a `pandas.DataFrame`.
+
+        Returns:
+            The frame, indexed by example.
+        """
+        return to_frame(self.table(), index="id")
 
     @property
     def auroc(self) -> dict[str, float] | None:
@@ -68,7 +155,7 @@ class Examples(Displayed):
             return None
         scores = {}
         for name, is_large in SUSPICIOUS_WHEN_LARGE.items():
-            values: Tensor = getattr(self, name)
+            values = self._sortable(name)
             if not bool(torch.isnan(values).any()):
                 scores[name] = area_under_roc(values if is_large else -values, self.is_noise)
         return scores

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ntkscope._checks import InputError
+from ntkscope.dynamics.form import is_softmax_like
 
 RANK_TOLERANCE = 1e-12
 OUTSIDE_TOLERANCE = 1e-8
@@ -64,7 +65,7 @@ class Whitening:
         """
         return self._apply(self.root, columns)
 
-    def unexplained(self, gradient: Float[Tensor, " outputs"]) -> float:
+    def unexplained(self, gradient: Float[Tensor, "outputs ..."]) -> float:
         """Measure ‖(I − R) g‖ / ‖g‖, the share of a gradient outside the range of B.
 
         Args:
@@ -73,18 +74,43 @@ class Whitening:
         Returns:
             Between 0 and 1.
         """
-        coordinates = self.gradient(gradient[:, None])
-        inside = torch.zeros_like(self.root[:, 0, :])
-        inside[self.is_kept] = coordinates.flatten()
-        back = torch.einsum("nck,nk->nc", self.root, inside).flatten()
+        columns = gradient.reshape(len(gradient), -1)
         norm = float(torch.linalg.vector_norm(gradient))
-        return float(torch.linalg.vector_norm(gradient - back)) / norm if norm > 0 else 0.0
+        return float(torch.linalg.vector_norm(columns - self.gradient_back(self.gradient(columns)))) / norm if norm > 0 else 0.0
+
+    def gradient_back(self, coordinates: Float[Tensor, "modes columns"]) -> Float[Tensor, "outputs columns"]:
+        """Turn coordinates in R into output gradients: B^{½} times them, the inverse of `gradient` on R.
+
+        Args:
+            coordinates: Whitened gradients.
+
+        Returns:
+            Output gradients.
+        """
+        return self._apply_transposed(self.root, coordinates)
+
+    def motion_back(self, coordinates: Float[Tensor, "modes columns"]) -> Float[Tensor, "outputs columns"]:
+        """Turn coordinates in R into output motions: B^{†½} times them, the inverse of `motion` on R.
+
+        Args:
+            coordinates: Whitened motions.
+
+        Returns:
+            Output motions.
+        """
+        return self._apply_transposed(self.inverse_root, coordinates)
 
     def _apply(self, root: Tensor, columns: Tensor) -> Tensor:
         """Apply Uᵀ with its scales, block by block, and drop what lies outside R."""
         num_examples, num_classes, _ = root.shape
         product = torch.bmm(root.mT, columns.reshape(num_examples, num_classes, -1))  # [examples, columns of root, columns]
         return product[self.is_kept]
+
+    def _apply_transposed(self, root: Tensor, coordinates: Tensor) -> Tensor:
+        """Apply U with its scales, block by block, to coordinates of R."""
+        inside = coordinates.new_zeros(*self.is_kept.shape, coordinates.shape[1])
+        inside[self.is_kept] = coordinates
+        return torch.bmm(root, inside).flatten(0, 1)
 
 
 def whiten(hessian_blocks: Float[Tensor, "examples classes classes"]) -> Whitening:
@@ -108,9 +134,8 @@ def whiten(hessian_blocks: Float[Tensor, "examples classes classes"]) -> Whiteni
         raise InputError(
             "The loss has no curvature at the start of the window (B = 0), so Omega is not defined. Start the window elsewhere."
         )
-    ones = torch.ones(num_classes, dtype=hessian_blocks.dtype)
-    is_softmax = num_classes > 1 and float((hessian_blocks @ ones).abs().max()) <= 1e-13 * largest
-    if is_softmax:
+    if is_softmax_like(hessian_blocks):
+        ones = torch.ones(num_classes, dtype=hessian_blocks.dtype)
         basis = torch.linalg.qr(torch.cat([ones[:, None], torch.eye(num_classes, dtype=ones.dtype)[:, 1:]], dim=1)).Q[:, 1:]
         eigvals, rotations = torch.linalg.eigh(basis.T @ hessian_blocks @ basis)
         eigvecs, floor = basis @ rotations, 0.0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT
+from ntkscope.spectrum.eigen import squared_rows
 from ntkscope.view.suspects import ranked
 from ntkscope.view.words import SPACE, AnalysisLike, counted, number, percent
 
@@ -57,6 +58,18 @@ def signal_modes(analysis: AnalysisLike) -> list[bool]:
     if selected is not None:
         return [bool(flag) for flag in selected]
     return [k < analysis.channels.signal_rank for k in range(len(analysis.spectrum.eigvals))]
+
+
+def mode_energies(analysis: AnalysisLike) -> Tensor:
+    """Compute the squared residual along every direction.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        One number a mode.
+    """
+    return squared_rows(analysis.spectrum.eigvecs.T @ analysis.spectrum.residual)
 
 
 def rule_words(rule: str) -> str:
@@ -187,9 +200,8 @@ def next_steps(analysis: AnalysisLike) -> list[str]:
     suspects = ranked(analysis)[:10]
     if suspects and analysis.examples.labels is not None:
         listed = ", ".join(str(analysis.examples.ids[i]) for i in suspects)
-        steps.append(
-            f"Look at these examples and their labels, most suspicious first: {listed}. A high rank is a reason to look, no proof."
-        )
+        by = "by loss, since the reservoir is not to be believed here" if analysis.examples.abstains else "most suspicious first"
+        steps.append(f"Look at these examples and their labels, {by}: {listed}. A high rank is a reason to look, no proof.")
     elif suspects:
         listed = ", ".join(str(analysis.examples.ids[i]) for i in suspects)
         steps.append(f"Look at these examples and their targets, the least learned first: {listed}.")
@@ -206,15 +218,14 @@ def next_steps(analysis: AnalysisLike) -> list[str]:
 def _signal_share_of_removed(analysis: AnalysisLike) -> float:
     """Compute which share of the removed squared error the signal directions carry."""
     spectrum = analysis.spectrum
-    removed: Tensor = spectrum.eigvals * (spectrum.eigvecs.T @ spectrum.residual).square()
+    removed: Tensor = spectrum.eigvals * mode_energies(analysis)
     total = float(removed.sum())
     return float(removed[torch.tensor(signal_modes(analysis))].sum()) / total if total > 0 else math.nan
 
 
 def _reservoir_share(analysis: AnalysisLike) -> float:
     """Compute which share of the initial squared error lies in the reservoir."""
-    spectrum = analysis.spectrum
-    squares = (spectrum.eigvecs.T @ spectrum.residual).square()
+    squares = mode_energies(analysis)
     total = float(squares.sum())
     return float(squares[~torch.tensor(signal_modes(analysis))].sum()) / total if total > 0 else math.nan
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ntkscope._atomic import replace_when_done
-from ntkscope.view import findings
+from ntkscope.view import evidence, findings
 from ntkscope.view import suspects as suspicion
 from ntkscope.view.figures import FIGURES
 from ntkscope.view.words import AnalysisLike, counted, number, percent
@@ -111,6 +111,8 @@ def render_report(analysis: AnalysisLike) -> str:
         learned=findings.learned(analysis),
         stored=findings.stored(analysis),
         verdict=findings.verdict(analysis),
+        reach=evidence.reach(analysis),
+        chance=evidence.chance(analysis),
         auroc_sentence=suspicion.auroc_sentence(analysis),
         next_steps=findings.next_steps(analysis),
         warnings=[warning for warning in analysis.warnings if not warning.startswith("Not trustworthy")],
@@ -120,6 +122,8 @@ def render_report(analysis: AnalysisLike) -> str:
         facts=_facts(analysis),
         figures=[_figure_block(name, analysis) for name in _drawn(analysis)],
         table=_suspect_table(analysis),
+        abstains=analysis.examples.abstains,
+        ranked_by=suspicion.ranked_by(analysis).replace("_", " "),
         cutoffs=_cutoff_rows(analysis),
         words=WORDS,
         gate_reason=analysis.gate_reason if analysis.gate is None else "",

@@ -91,7 +91,7 @@ class Suspect:
 
 
 def ranked(analysis: AnalysisLike) -> list[int]:
-    """Order the examples, most suspicious first, leaving out those without a number.
+    """Order the examples, most suspicious first, leaving out those without a number; by loss where the table abstains.
 
     Args:
         analysis: The result.
@@ -99,8 +99,20 @@ def ranked(analysis: AnalysisLike) -> list[int]:
     Returns:
         Positions.
     """
-    energies = analysis.examples.reservoir_energy
-    return [i for i in analysis.examples.ranking() if math.isfinite(float(energies[i]))]
+    values = getattr(analysis.examples, ranked_by(analysis))
+    return [i for i in analysis.examples.ranking(ranked_by(analysis)) if not math.isnan(float(values[i]))]
+
+
+def ranked_by(analysis: AnalysisLike) -> str:
+    """Name the score that examples are ordered by.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        The recommended one, or "loss" where the table abstains.
+    """
+    return "loss" if analysis.examples.abstains else analysis.examples.recommended
 
 
 def shown_scores(analysis: AnalysisLike, names: Sequence[str] | None = None) -> list[Score]:
@@ -161,7 +173,7 @@ def _column_texts(values: Sequence[float], score: Score) -> list[str]:
 
 
 def auroc_sentence(analysis: AnalysisLike) -> str:
-    """Say how well reservoir energy finds the planted wrong labels, beside the best of the others.
+    """Say how well the recommended score finds the planted wrong labels, beside the best of the others.
 
     Args:
         analysis: The result.
@@ -170,12 +182,13 @@ def auroc_sentence(analysis: AnalysisLike) -> str:
         Sentences; "" if the planted labels are unknown.
     """
     scores = analysis.examples.auroc
-    if not scores or "reservoir_energy" not in scores:
+    chosen = analysis.examples.recommended
+    if not scores or chosen not in scores:
         return ""
-    own = scores["reservoir_energy"]
-    others = {name: value for name, value in scores.items() if name != "reservoir_energy" and math.isfinite(value)}
+    own = scores[chosen]
+    others = {name: value for name, value in scores.items() if name != chosen and math.isfinite(value)}
     text = (
-        "Some labels were planted wrong on purpose: reservoir energy ranks a wrong one above a right one in "
+        f"Some labels were planted wrong on purpose: {chosen.replace('_', ' ')} ranks a wrong one above a right one in "
         f"{percent(own)} of pairs (AUROC {own:.2f}; chance is 0.50)"
     )
     if not others:

@@ -3,17 +3,18 @@
 import html
 import textwrap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
+from ntkscope.view.evidence import chance, reach
 from ntkscope.view.findings import Verdict, headline, learned, next_steps, stored, verdict
 from ntkscope.view.suspects import Score, Suspect, found_among, shown_scores, suspects
 from ntkscope.view.words import SPACE, AnalysisLike, percent
 
 MAX_WIDTH = 100  # longer lines are hard to read
-NUM_SUSPECTS = 10
-TERMINAL_SCORES = ("reservoir_energy", "loss", "margin", "area_under_margin", "self_influence", "quarter_time")
+TERMINAL_SCORES = ("reservoir_energy", "loss", "margin", "area_under_margin", "self_influence", "half_time")
 GAP = 2  # columns
 MIN_WIDTH = 20
 MAX_LINES = 40  # one screen
@@ -21,6 +22,25 @@ MAX_SOURCE = 56  # characters of a path
 NOTHING_AMISS = "Nothing is amiss: compare with another run, or with a later window (--window START:STOP)."
 HEAD_STYLE = "bold cyan"
 
+
+class Limits(NamedTuple):
+    """How many lines of each kind are shown."""
+
+    causes: int
+    warnings: int
+    steps: int
+    reach: int
+    chance: int
+    suspects: int
+
+
+LIMITS = (
+    Limits(4, 4, 4, 4, 4, 10),
+    Limits(2, 3, 3, 3, 2, 10),
+    Limits(2, 1, 2, 1, 2, 10),
+    Limits(1, 1, 1, 1, 1, 10),
+    Limits(1, 1, 1, 0, 0, 5),
+)
 ASCII_WORDS = {
     "Ω": "Omega",
     "ω": "omega",
@@ -55,7 +75,7 @@ def print_summary(analysis: AnalysisLike, console: Console) -> None:
     """
     width = max(MIN_WIDTH, min(console.width, MAX_WIDTH))
     # The less there is room for, the fewer causes, warnings and next steps are shown; what is left out is counted.
-    for limits in ((4, 4, 4), (2, 3, 3), (2, 1, 2), (1, 1, 1)):
+    for limits in LIMITS:
         lines, heads = _compose(analysis, width, console.encoding, limits)
         if len(lines) <= MAX_LINES:
             break
@@ -66,8 +86,8 @@ def print_summary(analysis: AnalysisLike, console: Console) -> None:
         console.print(Text(text.replace(SPACE, " "), style=style), no_wrap=True, overflow="crop", crop=True)
 
 
-def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: tuple[int, int, int]) -> tuple[list[tuple[str, str]], list[int]]:
-    """Set the summary in lines of (text, style), with the positions of the section heads; limits are causes, warnings, next steps."""
+def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) -> tuple[list[tuple[str, str]], list[int]]:
+    """Set the summary in lines of (text, style), with the positions of the section heads."""
     judged = verdict(analysis)
     run, window = analysis.run, analysis.window
     lines: list[tuple[str, str]] = []
@@ -89,24 +109,29 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: tuple[in
     say(" ".join([*learned(analysis), "A direction is one pattern across the outputs of all examples."]))
     head("In the reservoir")
     say(" ".join(stored(analysis)))
+    if limits.reach:
+        head("Held-out examples")
+        say(" ".join(reach(analysis)[: limits.reach]))
     head("Can this be trusted?")
     say(f"{judged.short}. {' '.join(judged.sentences)}", "" if judged.is_good else "bold")
     warnings = _shown_warnings(analysis, judged)
-    for cause in judged.causes[: limits[0]]:
+    for sentence in chance(analysis)[: limits.chance]:
+        say(sentence)
+    for cause in judged.causes[: limits.causes]:
         say(cause, indent="- ")
-    for warning in warnings[: limits[1]]:
+    for warning in warnings[: limits.warnings]:
         say(warning, indent="! ")
-    hidden = max(0, len(judged.causes) - limits[0]) + max(0, len(warnings) - limits[1])
+    hidden = max(0, len(judged.causes) - limits.causes) + max(0, len(warnings) - limits.warnings)
     if hidden:
         say(f"... and {hidden} more: see the report, or .closure.causes and .warnings.", indent="! ")
     scores = shown_scores(analysis, TERMINAL_SCORES)
-    rows = suspects(analysis, scores, NUM_SUSPECTS)
+    rows = suspects(analysis, scores, limits.suspects)
     if rows:
-        head("Most suspicious examples", _found_words(analysis))
+        head("Largest losses" if analysis.examples.abstains else "Most suspicious examples", _found_words(analysis, limits.suspects))
         lines.extend((_readable(text, encoding), style) for text, style in _suspect_table(analysis, rows, scores, width))
     steps = next_steps(analysis)
     head("Next")
-    for step in steps[: limits[2]] or [NOTHING_AMISS]:
+    for step in steps[: limits.steps] or [NOTHING_AMISS]:
         say(step, indent="- ")
     return lines, heads
 
@@ -116,9 +141,9 @@ def _shown_warnings(analysis: AnalysisLike, judged: Verdict) -> list[str]:
     return [warning for warning in analysis.warnings if judged.is_good or not warning.startswith("Not trustworthy")]
 
 
-def _found_words(analysis: AnalysisLike) -> str:
+def _found_words(analysis: AnalysisLike, count: int) -> str:
     """Say how many planted wrong labels the table holds."""
-    found = found_among(analysis, NUM_SUSPECTS)
+    found = found_among(analysis, count)
     return "" if found is None else f" ({found[0]} of {found[1]} have labels planted wrong, marked *)"
 
 
@@ -168,6 +193,8 @@ def analysis_html(analysis: AnalysisLike) -> str:
         ("what was found", headline(analysis)),
         ("learned", " ".join(learned(analysis))),
         ("reservoir", " ".join(stored(analysis))),
+        ("held-out", " ".join(reach(analysis))),
+        ("chance?", " ".join(chance(analysis))),
         ("believe it?", f"{judged.short}. {' '.join(judged.sentences)}"),
     ]
     scores = analysis.examples.auroc

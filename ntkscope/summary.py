@@ -1,0 +1,143 @@
+"""The findings in plain containers, as in summary.json (docs/summary.md)."""
+
+import math
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ntkscope.spectrum.examples import COLUMNS, Examples
+
+SCHEMA = "ntkscope.summary/2"
+
+
+def summarize(analysis: Any) -> dict[str, Any]:
+    """Put an analysis into plain containers.
+
+    Args:
+        analysis: An `Analysis`.
+
+    Returns:
+        JSON-able values; what is infinite or undefined is null.
+    """
+    closure, stop = analysis.closure, analysis.window.stop - analysis.window.start
+    gate = None
+    if analysis.gate is not None:
+        gate = {
+            "kind": analysis.gate.kind,
+            "open_share": dict(zip(analysis.gate.steps, analysis.gate.open_share.tolist(), strict=True)),
+            "final_by_parameter": {name: float(share[-1]) for name, share in analysis.gate.by_parameter.items()},
+        }
+    return _jsonable({
+        "schema": SCHEMA,
+        **asdict(analysis.run),
+        "window": asdict(analysis.window),
+        "loss_name": analysis.run.loss,
+        "loss": {"start": float(analysis.history.loss[0]), "end": float(analysis.history.loss[stop])},
+        "energy_balance": {
+            "predicted": closure.energy_predicted,
+            "observed": closure.energy_observed,
+            "relative_error": closure.energy_error,
+        },
+        "gradient_closure": closure.gradient_error,
+        "gradient_closure_initial": closure.gradient_error_initial,
+        "query_closure": closure.query_error,
+        "forcing_share": closure.forcing_share,
+        "trustworthy": closure.trustworthy,
+        "causes": list(closure.causes),
+        "kernel_drift": {"kernel": analysis.drift.kernel, "max": analysis.drift.max, "final": analysis.drift.final},
+        "stability": analysis.stability,
+        "cutoff": {"rule": analysis.channels.rule, "value": analysis.channels.threshold},
+        "num_modes": analysis.channels.num_modes,
+        "signal_rank": analysis.channels.signal_rank,
+        "signal_share": float(analysis.history.signal_share[stop]),
+        "effective_rank": analysis.spectrum.effective_rank,
+        "stable_rank": analysis.spectrum.stable_rank,
+        "cutoffs": {rule: cutoff.rank for rule, cutoff in analysis.cutoffs.items()},
+        "regime": analysis.regime,
+        "regime_reason": analysis.regime_reason,
+        "gate": gate,
+        "gate_reason": analysis.gate_reason,
+        "auroc": analysis.examples.auroc,
+        "transfer": _transfer(analysis),
+        "transfer_reason": analysis.transfer_reason,
+        "cells": None if analysis.cells is None else {"is_estimate": analysis.cells.is_estimate, **analysis.cells.norms},
+        "reservoir": {
+            "train_share": analysis.truncation.reservoir_train_share,
+            "query_share": analysis.truncation.reservoir_query_share,
+            "visibility": analysis.truncation.reservoir_visibility,
+        },
+        "null": _plain(analysis.null),
+        "sensitivity": [asdict(row) for row in analysis.sensitivity.rows],
+        "uncertainty": _uncertainty(analysis),
+        "diffusion": _plain(analysis.diffusion),
+        "diffusion_reason": analysis.diffusion_reason,
+        "gradient_agreement": _plain(analysis.agreement),
+        "alignment": {
+            "start": float(analysis.drift.alignment_start[stop]),
+            "targets": {"start": float(analysis.drift.alignment_targets[0]), "end": float(analysis.drift.alignment_targets[stop])},
+        },
+        "kernel_velocity": float(analysis.drift.velocity[stop]),
+        "refined_share": sum(analysis.history.is_refined[1 : stop + 1]) / stop,
+        "examples_ranked_by": analysis.examples.recommended,
+        "examples_abstain": analysis.examples.abstains,
+        "examples": _examples(analysis.examples),
+        "warnings": list(analysis.warnings),
+    })
+
+
+def _examples(table: Examples) -> list[dict[str, Any]]:
+    """List the examples, one entry each."""
+    columns = {name: getattr(table, name).tolist() for name in COLUMNS}
+    columns["label"] = table.labels or [None] * len(table.ids)
+    if table.is_noise is not None:
+        columns["true_label"] = table.true_labels or [None] * len(table.ids)
+        columns["is_noise"] = table.is_noise.tolist()
+    names = ("id", *columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(table.ids, *columns.values(), strict=True)]
+
+
+def _transfer(analysis: Any) -> dict[str, Any] | None:
+    """Say how well test motion was predicted."""
+    found = analysis.transfer
+    if found is None:
+        return None
+    return {
+        "operators": asdict(found.fit),
+        "predictor": asdict(found.predictor_fit) | {"rank": found.predictor_rank},
+        **{name: asdict(fit) for name, fit in found.baselines.items()},
+        "missing": dict(found.missing),
+    }
+
+
+def _uncertainty(analysis: Any) -> dict[str, Any] | None:
+    """List the standard errors that are one number."""
+    found = analysis.uncertainty
+    if found is None:
+        return None
+    return {
+        "num_groups": found.num_groups,
+        "signal_rank": found.signal_rank,
+        "effective_rank": found.effective_rank,
+        "reservoir_share": found.reservoir_share,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Turn a result of any depth into containers and numbers."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _jsonable(value: Any) -> Any:
+    """Replace what JSON has no word for (NaN, infinity) by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _jsonable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(part) for part in value]
+    return value

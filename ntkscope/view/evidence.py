@@ -1,0 +1,85 @@
+"""What stands behind the split, in sentences: did test points move as predicted, is it more than chance, does the cutoff matter."""
+
+import math
+
+from ntkscope.view.words import AnalysisLike, number, percent
+
+BASELINES = {
+    "frozen_kernel": "the kernel frozen at the start",
+    "linearized": "the model linearized at the start, at the real weights",
+    "regression_start": "kernel regression with the first kernel",
+    "regression_end": "kernel regression with the last kernel",
+}
+RULE_DEPENDENT = 0.8  # rank correlation of examples under other cutoffs below which the cutoff decides
+
+
+def reach(analysis: AnalysisLike) -> list[str]:
+    """Say how well held-out outputs were predicted, and what reached them.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Sentences; the reason where there is nothing to say.
+    """
+    transfer = analysis.transfer
+    if transfer is None:
+        return [f"Held-out outputs were not compared: {analysis.transfer_reason}."]
+    sentences = [
+        f"The operators predict how held-out outputs moved with correlation {number(transfer.fit.correlation)} and an error of "
+        f"{percent(transfer.fit.relative_error)}."
+    ]
+    others = [f"{BASELINES[name]} {percent(fit.relative_error)}" for name, fit in transfer.baselines.items()]
+    if others:
+        sentences.append(f"Simpler predictions: {', '.join(others)}.")
+    share = analysis.truncation.reservoir_query_share
+    if share is not None:
+        sentences.append(f"Predicting with the signal channel only would miss {percent(share)} of that motion.")
+    cells = analysis.cells
+    if cells is not None:
+        kind = "Estimated by the population-risk rule" if cells.is_estimate else "By the planted noise"
+        norms = cells.norms
+        sentences.append(
+            f"{kind}, of the predicted motion's size: clean labels through the signal channel {percent(norms['signal_clean'])}, "
+            f"through the reservoir {percent(norms['reservoir_clean'])}; label noise {percent(norms['signal_noise'])} and "
+            f"{percent(norms['reservoir_noise'])}."
+        )
+    return sentences
+
+
+def chance(analysis: AnalysisLike) -> list[str]:
+    """Say whether there is more signal than shuffled labels would show, and how far the split depends on cutoff and examples.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Sentences.
+    """
+    sentences = []
+    null = analysis.null
+    if null is not None:
+        verdict = "more signal than chance" if null.p <= 0.05 else "no more signal than chance"
+        score = "" if math.isnan(null.z) else f", {number(null.z)} standard deviations away"
+        sentences.append(
+            f"Against {null.num_shuffles} shuffles of the labels: {verdict}. Training removed {percent(null.observed)} of the squared "
+            f"residual, of shuffled labels' {percent(null.mean)}{score} (p = {number(null.p, 2)})."
+        )
+    lowest = analysis.sensitivity.smallest_rank_correlation
+    if not math.isnan(lowest):
+        depends = "depends on the cutoff" if lowest < RULE_DEPENDENT else "hardly depends on the cutoff"
+        sentences.append(
+            f"The order of examples {depends}: for cutoffs of ω from 0.25 to 0.9 its rank correlation is at least {number(lowest, 2)}."
+        )
+    errors = analysis.uncertainty
+    if errors is not None:
+        sentences.append(
+            f"Standard errors over examples ({errors.num_groups} groups left out in turn): signal rank "
+            f"{analysis.channels.signal_rank:,} ± {number(errors.signal_rank, 2)}, effective rank "
+            f"{number(analysis.spectrum.effective_rank)} ± {number(errors.effective_rank, 2)}, share in the reservoir "
+            f"± {percent(errors.reservoir_share)}."
+        )
+    diffusion = analysis.diffusion
+    if diffusion is not None:
+        sentences.append(f"Minibatches: {diffusion.sampler.reason}")
+    return sentences
