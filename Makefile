@@ -21,6 +21,13 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.kernel_ranks
 	$(BIN)/python -m benchmarks.kernel_price
 	$(BIN)/python -m benchmarks.demo_quality
+	$(BIN)/python -m benchmarks.interval_rule
+	$(BIN)/python -m benchmarks.trajectory_accuracy
+	$(BIN)/python -m benchmarks.noise_ranking
+	$(BIN)/python -m benchmarks.jumps
+	$(BIN)/python -m benchmarks.diffusion
+	$(BIN)/python -m benchmarks.uncertainty
+	-$(BIN)/python -m benchmarks.fashion_trace
 
 # Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.
 build/minilm/ready: | .venv/ready

@@ -27,7 +27,7 @@ def main() -> None:
     for spec in SPECS:
         recommended = []
         for seed in SEEDS:
-            recorder = train(spec, num_examples, seed, tolerance=None, drift=None)
+            recorder = train(spec, num_examples, seed)
             trace = recorder.trace
             found = ntkscope.analyze(trace)
             scores = found.examples.auroc

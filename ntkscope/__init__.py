@@ -10,7 +10,7 @@ from ntkscope.dynamics.drift import Drift
 from ntkscope.dynamics.transfer import Fit, Transfer
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.gate.step import gate_values, gated_adam_step
-from ntkscope.jumps import Jump, JumpStudy, jump_study
+from ntkscope.jumps import JumpErrors, JumpStudy, jump_study
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.gram import Gram, ntk_gram
 from ntkscope.kernel.operator import NTKOperator
@@ -75,7 +75,7 @@ __all__ = [
     "History",
     "RunInfo",
     "Window",
-    "Jump",
+    "JumpErrors",
     "JumpStudy",
     "analyze",
     "jump_study",

@@ -24,8 +24,8 @@ from ntkscope.record.trace import Trace
 
 
 @dataclass(frozen=True)
-class Jump(Displayed):
-    """Predictions from one snapshot on.
+class JumpErrors(Displayed):
+    """Errors of predictions from one snapshot on.
 
     Attributes:
         start_step: Optimizer step of the snapshot.
@@ -56,7 +56,7 @@ class JumpStudy(Displayed):
         jumps: By start, ascending.
     """
 
-    jumps: tuple[Jump, ...]
+    jumps: tuple[JumpErrors, ...]
 
     def reach(self, error: float = 0.1, *, kind: str = "frozen") -> dict[int, int]:
         """Find how far each snapshot sees: the last step up to which the training outputs are predicted within an error.
@@ -107,6 +107,8 @@ def jump_study(
         raise InputError(
             f"The preconditioner of {trace.facts.optimizer} moves by itself, so a kernel of one moment predicts nothing. Record an SGD run."
         )
+    if trace.facts.outputs != "full":
+        raise InputError("A jump study needs the full kernel: the trace form has an error of its own. Record with outputs='full'.")
     bound = loss_of(trace, loss, trace[0].outputs)
     if bound is None:
         raise InputError(f"The loss {trace.facts.loss!r} cannot be rebuilt from its name; give `loss=`.")
@@ -115,7 +117,7 @@ def jump_study(
     return JumpStudy(tuple(_jump_from(course, position) for position in starts))
 
 
-def _jump_from(course: Course, position: int) -> Jump:
+def _jump_from(course: Course, position: int) -> JumpErrors:
     """Predict every snapshot after one."""
     assert course.loss is not None
     start, trace = course.read(position), course.trace
@@ -134,13 +136,13 @@ def _jump_from(course: Course, position: int) -> Jump:
     moved = jump(start.kernel, start.cross, outputs, course.loss.gradient, elapsed, **rates) if rates else None
     nothing = torch.full((len(later),), torch.nan, dtype=torch.float64)
     frozen_query = moved_query = None
-    if start.snapshot.query_outputs is not None:
+    if frozen.query_motion is not None and start.snapshot.query_outputs is not None:
         query = start.snapshot.query_outputs.double()
-        seen = torch.stack([snapshot.query_outputs.double() - query for snapshot in later if snapshot.query_outputs is not None])
-        zero = torch.zeros_like(query)
+        seen = torch.stack([(s.query_outputs.double() - query).flatten() for s in later if s.query_outputs is not None])
+        zero = torch.zeros(query.numel(), dtype=torch.float64)
         frozen_query = jump_errors(frozen.query_motion, seen, zero)
-        moved_query = nothing if moved is None else jump_errors(moved.query_motion, seen, zero)
-    return Jump(
+        moved_query = nothing if moved is None or moved.query_motion is None else jump_errors(moved.query_motion, seen, zero)
+    return JumpErrors(
         start_step=start.snapshot.step,
         steps=[snapshot.step for snapshot in later],
         elapsed=torch.tensor(elapsed, dtype=torch.float64),

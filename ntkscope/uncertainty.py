@@ -15,7 +15,7 @@ from ntkscope._checks import InputError
 from ntkscope._display import Displayed
 from ntkscope.course import Course, factor_leg, output_rows
 from ntkscope.dynamics.dissipation import Dissipation, init
-from ntkscope.dynamics.jackknife import delete_group_jackknife, example_standard_error, groups
+from ntkscope.dynamics.jackknife import delete_group_jackknife, groups, per_example_jackknife
 from ntkscope.findings import motions_by_example
 from ntkscope.spectrum.channels import example_energy, split_channels
 from ntkscope.spectrum.cutoffs import apply_cutoff
@@ -69,7 +69,7 @@ def estimate_uncertainty(
     Args:
         course: The window.
         cutoff: The chosen rule.
-        num_groups: G, at least 2 and at most the number of examples less two.
+        num_groups: G, from 3 to half the number of examples.
         device: Where to decompose.
         progress: Called with (replicates done, replicates in all).
 
@@ -80,9 +80,9 @@ def estimate_uncertainty(
         InputError: If there are too few or too many groups.
     """
     facts = course.trace.facts
-    if not 2 <= num_groups <= facts.num_examples // 2:
+    if not 3 <= num_groups <= facts.num_examples // 2:
         raise InputError(
-            f"`jackknife` must lie between 2 and half the examples ({facts.num_examples // 2}), got {num_groups}. 10 groups are usual."
+            f"`jackknife` must lie between 3 and half the examples ({facts.num_examples // 2}), got {num_groups}. 10 groups are usual."
         )
     labels = class_labels(course.trace.probe["targets"], facts.num_classes)
     left_out = groups(facts.num_examples, num_groups, labels=labels)
@@ -98,21 +98,21 @@ def estimate_uncertainty(
         replicates.append(_read(course, state, examples, cutoff, device))
         if progress is not None:
             progress(done + 1, num_groups)
-    sizes = torch.tensor([len(group) for group in left_out])
     energies = torch.full((num_groups, facts.num_examples), torch.nan, dtype=torch.float64)
     for row, examples, replicate in zip(energies, kept, replicates, strict=True):
         row[examples] = replicate.energy
 
     def error(name: str, *, extensive: bool) -> float:
         values = torch.tensor([getattr(replicate, name) for replicate in replicates], dtype=torch.float64)
-        return float(delete_group_jackknife(values, sizes=sizes, num_examples=facts.num_examples, extensive=extensive))
+        sizes = [len(group) for group in left_out] if extensive else None
+        return float(delete_group_jackknife(values, values.mean(), extensive=extensive, group_sizes=sizes).standard_error)
 
     return Uncertainty(
         num_groups=num_groups,
         signal_rank=error("signal_rank", extensive=True),
         effective_rank=error("effective_rank", extensive=True),
         reservoir_share=error("reservoir_share", extensive=False),
-        reservoir_energy=example_standard_error(energies),
+        reservoir_energy=per_example_jackknife(energies, left_out).standard_error,
     )
 
 

@@ -8,7 +8,7 @@ from compare import assert_close
 from ntkscope._checks import InputError
 from ntkscope.dynamics.diffusion import measure_diffusion
 
-STEPS, EPOCH, MANY = 320, 16, 150  # modes stand for seeds: each has noise of its own
+STEPS, EPOCH, MANY = 320, 16, 100  # modes stand for seeds: each has noise of its own
 
 
 def shape(white, kind, epoch=EPOCH):
@@ -159,18 +159,18 @@ def test_epochs_unknown_too_few_or_too_short_are_none_with_the_reason():
 
 
 def names(kind):
-    return [measured(noise(kind, 24 * EPOCH, 3, seed), steps_per_epoch=EPOCH).sampler.name for seed in range(8)]
+    return [measured(noise(kind, 20 * EPOCH, 3, seed), steps_per_epoch=EPOCH).sampler.name for seed in range(5)]
 
 
 def test_the_sampler_is_named():
     for kind in ("independent", "heavy-tailed", "dying"):
-        assert names(kind).count("independent batches") >= 7
-    assert names("reshuffled").count("reshuffled epochs") == 8
+        assert names(kind).count("independent batches") >= 4
+    assert names("reshuffled").count("reshuffled epochs") == 5
     # With momentum an epoch's sum is not zero, and independent steps persist: it may stay unclear, but is not named wrongly.
     with_momentum, persistent = names("reshuffled with momentum"), names("persistent")
-    assert with_momentum.count("reshuffled epochs") >= 5
+    assert with_momentum.count("reshuffled epochs") >= 3
     assert with_momentum.count("independent batches") == 0
-    assert persistent.count("independent batches") >= 4
+    assert persistent.count("independent batches") >= 2
     assert persistent.count("reshuffled epochs") == 0
 
 

@@ -245,10 +245,10 @@ def test_audits_that_cost_much_are_left_out(clock, monkeypatch):
         return look(self)
 
     monkeypatch.setattr(Instrument, "gradient", slow)
-    recorder = timed(clock, 120, schedule="log", tolerance=0.05, max_overhead=0.5)
+    recorder = timed(clock, 120, schedule="log", tolerance=1e-4, max_overhead=0.5)
     assert recorder._allowance.spent <= 0.5 * 119
     assert sum(rows is not None for rows in recorder._trace.gradient_audits()) == 1  # the first, when the price was not known
-    assert len(recorder._trace) > 6
+    assert len(recorder._trace) > 3
 
 
 def test_intervals_are_followed_whole_or_not_at_all(clock, monkeypatch):
@@ -267,7 +267,9 @@ def test_intervals_are_followed_whole_or_not_at_all(clock, monkeypatch):
     assert all(count in (0, length) for count, length in zip(found, lengths, strict=True))
     assert any(found)
     assert not all(found)
-    assert len(runs) == sum(found) + found.count(0) + 1  # no step is followed in vain: the others are those of snapshots
+    # The first step is tried before its price is known; no other is followed in vain, what is left are the snapshots' own.
+    assert len(runs) == 1 + sum(found) + found.count(0) + 1
+    assert recorder.trace.steps == [0, 12, *range(20, 91, 10)]  # and none at the cost of a snapshot but the first, not yet paid for
 
 
 def test_time_spent_survives_a_restart(clock):

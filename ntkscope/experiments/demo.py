@@ -151,6 +151,8 @@ def train_demo(
         query=(data.query_inputs, encode(data.query_labels)),
         loss=loss,
         clean_targets=encode(data.clean_labels),
+        every_step=optimizer != "sgd",
+        steps_per_epoch=None if optimizer == "sgd" else max(2, num_examples // BATCH_SIZE),
     )
     trainer = _make_optimizer(optimizer, loss, model)
     recorder.attach(trainer)

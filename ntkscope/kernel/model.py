@@ -13,10 +13,33 @@ from ntkscope._types import ForwardFn
 from ntkscope.kernel.batch import count_examples, map_batch
 from ntkscope.kernel.capture import undisturbed
 
-KINKED = frozenset(
-    "relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid hardshrink softshrink abs clamp clamp_min clamp_max "
-    "maximum minimum amax amin max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d".split()
-)
+KINKED = {
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "rrelu",
+    "threshold",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "hardshrink",
+    "softshrink",
+    "abs",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "maximum",
+    "minimum",
+    "amax",
+    "amin",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+}
 
 
 def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Float[Tensor, "examples classes"]:

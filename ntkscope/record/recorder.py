@@ -15,7 +15,6 @@ from ntkscope._checks import InputError, UserError, check_choice, check_number
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.coverage import probe_routes
-from ntkscope.kernel.model import kinked_kinds, train_only_kinds
 from ntkscope.record import optimizers
 from ntkscope.record.allowance import Allowance
 from ntkscope.record.beginning import State, check_beginning, copy_state, weights_of
@@ -25,11 +24,12 @@ from ntkscope.record.files import TraceWriter
 from ntkscope.record.following import Following
 from ntkscope.record.gradient_audit import GradientAudit
 from ntkscope.record.instrument import Instrument
+from ntkscope.record.opening import describe_run, open_trace
 from ntkscope.record.placement import Placement
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.schedule import Schedule, check_schedule
 from ntkscope.record.snapshot import Snapshot
-from ntkscope.record.trace import Trace, load_trace, trace_from_state
+from ntkscope.record.trace import Trace, trace_from_state
 
 
 class Recorder:
@@ -138,27 +138,9 @@ class Recorder:
         if not names:
             raise InputError("The optimizer holds no trained parameter of this model. Was the model copied or moved after it was made?")
         routes, coverage = probe_routes(self.model, self.probe.inputs, params=names, forward_fn=self.probe.forward_fn)
-        facts = RunFacts(
-            num_examples=self.probe.num_examples,
-            num_classes=self.probe.num_classes,
-            num_params=sum(parameter.numel() for parameter in routes.parameters.values()),
-            num_query=self.probe.num_query,
-            loss=self.probe.loss.name,
-            optimizer=optimizers.describe(optimizer),
-            precond=_precond_kind(optimizer, precond),
-            stability_edge=optimizers.stability_edge(optimizer),
-            momentum_lag=optimizers.momentum_lag(optimizer),
-            parameters=list(routes.parameters),
-            parameter_sizes=[parameter.numel() for parameter in routes.parameters.values()],
-            gate=str(optimizer.param_groups[0]["gate"]) if isinstance(optimizer, optimizers.GatedAdamW) else None,
-            probe_hash=self.probe.hash,
-            train_only=train_only_kinds(self.model),
-            kinked=kinked_kinds(self.model, self.probe.few, self.probe.forward_fn),
-            outputs=self.outputs,
-            **self._sizes,
-        )
-        self._begin_trace(facts)
-        self._instrument = Instrument(self.model, self.probe, optimizer, precond, routes, coverage, self.budget, self.outputs)
+        instrument = Instrument(self.model, self.probe, optimizer, precond, routes, coverage, self.budget, self.outputs)
+        self._trace = open_trace(describe_run(instrument, **self._sizes), self.probe, self._trace, self._writer, self._clock.step)
+        self._instrument = instrument
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -216,33 +198,6 @@ class Recorder:
         self._beginning = check_beginning(state.get("beginning"), self.model)
         self._trace = trace
         self._last_outputs = trace[-1].outputs
-
-    def _begin_trace(self, facts: RunFacts) -> None:
-        """Open the trace, new or resumed."""
-        resumed = self._trace
-        if resumed is not None:
-            if (resumed.facts.parameters, resumed.facts.precond) != (facts.parameters, facts.precond):
-                raise InputError("The state was recorded with another model or optimizer. Resume with the same ones, or start a new trace.")
-            facts = replace(facts, stopped=resumed.facts.stopped, notes=resumed.facts.notes)
-        if self._writer is not None:
-            if resumed is not None:
-                self._writer.begin(facts, self.probe.tensors())
-                self._writer.forget_after(self._clock.step)
-                on_disk = load_trace(self._writer.folder).entries
-                for snapshot in list(resumed):
-                    resumed.entries[snapshot.step] = on_disk.get(snapshot.step) or self._writer.write(snapshot)
-            elif (self._writer.folder / "manifest.json").exists():
-                raise InputError(
-                    f"{self._writer.folder} holds a trace already. Choose another path, or resume it with "
-                    "load_state_dict() before attach()."
-                )
-            else:
-                self._writer.begin(facts, self.probe.tensors())
-        if resumed is None:
-            source = "recorder" if self._writer is None else str(self._writer.folder)
-            self._trace = Trace(facts, self.probe.tensors(), source)
-        else:
-            resumed.facts = facts
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the weights of step 0, whose M is known only after the first step; look at the gradients of a snapshot's weights."""
@@ -374,12 +329,3 @@ class Recorder:
             gap = float(torch.linalg.vector_norm(self._attached.few_kernel(self._clock) - self._proxy))
         scale = float(torch.linalg.vector_norm(self._proxy))
         return gap / scale if scale > 0 else math.inf
-
-
-def _precond_kind(optimizer: Optimizer, precond: optimizers.PrecondFn | None) -> str:
-    """Name the kind of M."""
-    if precond is not None:
-        return "custom"
-    if isinstance(optimizer, optimizers.GatedAdamW):
-        return "gate"
-    return "adam" if isinstance(optimizer, optimizers.ADAMS) else "identity"

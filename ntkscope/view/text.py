@@ -75,10 +75,11 @@ def print_summary(analysis: AnalysisLike, console: Console) -> None:
     """
     width = max(MIN_WIDTH, min(console.width, MAX_WIDTH))
     # The less there is room for, the fewer causes, warnings and next steps are shown; what is left out is counted.
-    for limits in LIMITS:
-        lines, heads = _compose(analysis, width, console.encoding, limits)
+    lines, heads = _compose(analysis, width, console.encoding, LIMITS[0])
+    for limits in LIMITS[1:]:
         if len(lines) <= MAX_LINES:
             break
+        lines, heads = _compose(analysis, width, console.encoding, limits)
     if len(lines) + len(heads) <= MAX_LINES:
         for position in reversed(heads):
             lines.insert(position, ("", ""))

@@ -1,0 +1,93 @@
+"""Opening the trace of a run, new or resumed."""
+
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from ntkscope._checks import InputError
+from ntkscope.kernel.model import kinked_kinds, train_only_kinds
+from ntkscope.record import optimizers
+from ntkscope.record.facts import RunFacts
+from ntkscope.record.files import TraceWriter
+from ntkscope.record.instrument import Instrument
+from ntkscope.record.probe import ProbeSet
+from ntkscope.record.trace import Trace, load_trace
+
+
+def describe_run(instrument: Instrument, *, training_size: int | None, steps_per_epoch: int | None) -> RunFacts:
+    """Collect what does not change along a run.
+
+    Args:
+        instrument: What measures it.
+        training_size: Examples in the whole training set.
+        steps_per_epoch: Optimizer steps that pass over it once.
+
+    Returns:
+        The facts.
+    """
+    probe, optimizer, parameters = instrument.probe, instrument.optimizer, instrument.routes.parameters
+    return RunFacts(
+        num_examples=probe.num_examples,
+        num_classes=probe.num_classes,
+        num_params=sum(parameter.numel() for parameter in parameters.values()),
+        num_query=probe.num_query,
+        loss=probe.loss.name,
+        optimizer=optimizers.describe(optimizer),
+        precond=_precond_kind(optimizer, instrument.precond),
+        stability_edge=optimizers.stability_edge(optimizer),
+        momentum_lag=optimizers.momentum_lag(optimizer),
+        parameters=list(parameters),
+        parameter_sizes=[parameter.numel() for parameter in parameters.values()],
+        gate=str(optimizer.param_groups[0]["gate"]) if isinstance(optimizer, optimizers.GatedAdamW) else None,
+        probe_hash=probe.hash,
+        train_only=train_only_kinds(instrument.model),
+        kinked=kinked_kinds(instrument.model, probe.few, probe.forward_fn),
+        outputs=instrument.form,
+        training_size=training_size,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def open_trace(facts: RunFacts, probe: ProbeSet, resumed: Trace | None, writer: TraceWriter | None, step: int) -> Trace:
+    """Begin a trace, or go on with one; on disk as well.
+
+    Args:
+        facts: Of the run.
+        probe: The probe set.
+        resumed: What was recorded before, if anything.
+        writer: Of the trace folder; None in memory.
+        step: Optimizer steps so far: what the folder holds beyond it is dropped.
+
+    Returns:
+        The trace.
+
+    Raises:
+        InputError: If what was recorded is of another model or optimizer, or the folder is taken.
+    """
+    if resumed is None:
+        if writer is not None and (writer.folder / "manifest.json").exists():
+            raise InputError(
+                f"{writer.folder} holds a trace already. Choose another path, or resume it with load_state_dict() before attach()."
+            )
+        if writer is not None:
+            writer.begin(facts, probe.tensors())
+        return Trace(facts, probe.tensors(), "recorder" if writer is None else str(writer.folder))
+    if (resumed.facts.parameters, resumed.facts.precond) != (facts.parameters, facts.precond):
+        raise InputError("The state was recorded with another model or optimizer. Resume with the same ones, or start a new trace.")
+    resumed.facts = replace(facts, stopped=resumed.facts.stopped, notes=resumed.facts.notes)
+    if writer is not None:
+        writer.begin(resumed.facts, probe.tensors())
+        writer.forget_after(step)
+        on_disk = load_trace(writer.folder).entries
+        for snapshot in list(resumed):
+            resumed.entries[snapshot.step] = on_disk.get(snapshot.step) or writer.write(snapshot)
+    return resumed
+
+
+def _precond_kind(optimizer: Optimizer, precond: optimizers.PrecondFn | None) -> str:
+    """Name the kind of M."""
+    if precond is not None:
+        return "custom"
+    if isinstance(optimizer, optimizers.GatedAdamW):
+        return "gate"
+    return "adam" if isinstance(optimizer, optimizers.ADAMS) else "identity"
