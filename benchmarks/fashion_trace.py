@@ -24,8 +24,8 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 NUM_TRAINING, NUM_QUERY, NUM_CLASSES = 10_000, 100, 10
 BATCH_SIZE, NUM_EPOCHS = 100, 3
 LABEL_NOISE = 0.2
-LEARNING_RATE = {"squared": 0.05, "cross_entropy": 0.05}
-CASES = (("trace", 500, "cross_entropy"), ("trace", 500, "squared"), ("trace", 150, "squared"), ("full", 150, "squared"),
+LEARNING_RATE = {"squared": 0.05, "cross_entropy": 0.02}
+CASES = (("trace", 500, "squared"), ("trace", 500, "cross_entropy"), ("trace", 150, "squared"), ("full", 150, "squared"),
          ("trace", 150, "cross_entropy"), ("full", 150, "cross_entropy"))  # fmt: skip
 
 

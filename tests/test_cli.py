@@ -65,6 +65,21 @@ def test_analyze_gives_the_same_result_again(demo, tmp_path):
     assert (tmp_path / "again" / "report.html").exists()
 
 
+def test_standard_errors_and_rescaled_time_on_request(demo, tmp_path):
+    common = ("analyze", demo[0] / "checkpoint.pt", "--out", tmp_path / "out", "--no-report", "--json")
+    plain = json.loads((demo[0] / "summary.json").read_text())
+    assert plain["uncertainty"] is None
+    found = json.loads(run(*common, "--jackknife", "4").stdout)
+    assert found["uncertainty"]["num_groups"] == 4
+    assert found["uncertainty"]["effective_rank"] > 0
+    rescaled = json.loads(run(*common, "--rescale-time").stdout)
+    assert rescaled["gradient_agreement"]["factor"] == pytest.approx(1.0, abs=1e-3)  # full batches of the loss itself
+    assert rescaled["signal_rank"] == plain["signal_rank"]
+    refused = run(*common, "--jackknife", "2")
+    assert refused.exit_code == 2
+    assert "`jackknife` must lie between 3 and half the examples (12), got 2" in " ".join(refused.stderr.split())
+
+
 def test_options_of_analyze(demo, tmp_path):
     common = ("analyze", demo[0] / "checkpoint.pt", "--out", tmp_path / "out", "--no-report")
     result = run(*common, "--cutoff", "rank:7", "--window", "1:40", "--quiet")

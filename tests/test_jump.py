@@ -146,14 +146,16 @@ def test_single_precision_goes_in_and_double_comes_out():
     assert_close(rough.outputs, jump(kernel, cross, outputs, squared(targets), HORIZONS).outputs, 1e-5)
 
 
-def test_stiff_problems_take_few_evaluations():
+@pytest.mark.parametrize("rate", [0.0, 20.0])
+def test_stiff_problems_take_few_evaluations(rate):
     """200 outputs, λτ = 2,000: explicit steps would take some 4,000 evaluations, and a Jacobian by columns 200 each."""
     rotation = torch.linalg.qr(normal(200, 200, seed=5)).Q
-    eigvals = torch.arange(1, 201, dtype=torch.float64) ** -1.5
+    eigvals, horizon = torch.arange(1, 201, dtype=torch.float64) ** -1.5, 2000 * 50.0
+    kernel = rotation @ torch.diag(eigvals) @ rotation.T
     outputs, targets = 0.3 * normal(50, 4, seed=6), torch.eye(4, dtype=torch.float64)[torch.arange(50) % 4]
-    prediction = jump(rotation @ torch.diag(eigvals) @ rotation.T, None, outputs, squared(targets), [2000 * 50.0])
-    assert prediction.num_evaluations < 500
-    left = (rotation.T @ (outputs - targets).flatten()) * torch.exp(-2000 * eigvals)
+    prediction = jump(kernel, None, outputs, squared(targets), [horizon], kernel_rate=rate / horizon * kernel)
+    assert prediction.num_evaluations < 550
+    left = (rotation.T @ (outputs - targets).flatten()) * torch.exp(-2000 * (1 + rate / 2) * eigvals)
     assert_close(prediction.outputs[0] - outputs, targets + (rotation @ left).view(50, 4) - outputs, 1e-5)
 
 

@@ -39,7 +39,6 @@ NO_CHANGE = 1.0  # relative error of predicting that nothing moves, at any horiz
 RELATIVE_TOLERANCE = 1e-5
 ABSOLUTE_TOLERANCE = 1e-7  # of the scale of the motion
 BLOW_UP = 1e3  # scales of the start
-HUGE = 1e150
 MAX_HALVINGS = 200
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(3)
 
@@ -220,8 +219,7 @@ class _Flow:
         moved = self.kernel @ gradient
         if self.kernel_rate is not None:
             moved = moved + time * (self.kernel_rate @ gradient)
-        # The solver tries steps far out. It rejects a huge velocity and tries a shorter one, but chokes on NaN.
-        return np.nan_to_num(-moved.numpy(), nan=HUGE, posinf=HUGE, neginf=-HUGE)
+        return -moved.numpy()
 
     def jacobian(self, time: float, motion: np.ndarray) -> np.ndarray:
         """Differentiate the velocity: −K(τ) B, with the blocks of B from one difference of g a class, for all examples at once."""
@@ -235,6 +233,7 @@ class _Flow:
         blocks = torch.stack(columns, dim=2)  # [examples, classes, classes]
         kernel = self.kernel if self.kernel_rate is None else self.kernel + time * self.kernel_rate
         product = torch.einsum("ond,ndc->onc", kernel.view(-1, *self.start.shape), blocks)
+        # The solver tries points far out. It rejects a velocity that is NaN and goes less far, but cannot factor such a Jacobian.
         return -np.nan_to_num(product.reshape(kernel.shape).numpy())
 
     def _scale(self, horizon: float) -> float:
