@@ -1,4 +1,7 @@
-"""Which score finds wrong labels after interpolation, without being told which they are: digits, n = 100, 20 % wrong labels."""
+"""Which score finds wrong labels after interpolation, without being told which they are: digits, 20 % wrong labels.
+
+    python -m benchmarks.noise_ranking [n, by default 100] [part of a run's name]
+"""
 
 import statistics
 import sys
@@ -24,7 +27,8 @@ SEEDS = (0, 1, 2)
 def main() -> None:
     """Print, for every run: the scores in the default window, the final loss' score, and what the tool recommends."""
     num_examples = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    for spec in SPECS:
+    chosen = [spec for spec in SPECS if len(sys.argv) < 3 or sys.argv[2] in spec.name]
+    for spec in chosen:
         recommended = []
         for seed in SEEDS:
             recorder = train(spec, num_examples, seed)

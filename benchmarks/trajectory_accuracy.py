@@ -12,14 +12,15 @@ SPECS = (
     RunSpec("GD, squared, GELU", "gd", "squared", 0.2, 1000),
     RunSpec("GD, squared, ReLU", "gd", "squared", 0.2, 1000, nn.ReLU),
     RunSpec("GD, cross-entropy, GELU", "gd", "cross_entropy", 0.2, 160),
-    RunSpec("GD, cross-entropy, ReLU", "gd", "cross_entropy", 0.2, 160, nn.ReLU),
     RunSpec("SGD, squared, GELU", "sgd", "squared", 0.05, 1200),
     RunSpec("SGD, cross-entropy, GELU", "sgd", "cross_entropy", 0.1, 200),
     RunSpec("Adam, squared, GELU", "adam", "squared", 5e-4, 400),
-    RunSpec("Adam, cross-entropy, GELU", "adam", "cross_entropy", 5e-4, 400),
-    RunSpec("SGD, cross-entropy, past drift 5", "sgd", "cross_entropy", 0.2, 400),
+    RunSpec("Adam, cross-entropy, GELU", "adam", "cross_entropy", 5e-4, 300),
     RunSpec("GD past the edge of stability", "gd", "squared", 0.9, 300),
+    RunSpec("SGD past drift 5", "sgd", "cross_entropy", 0.2, 400),
 )
+# Minibatch noise, which no spacing removes, is the larger error there: fewer snapshots, and an analysis of two minutes less each.
+TOLERANCE = {"gd": 0.02, "sgd": 0.05, "adam": 0.05}
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     chosen = [spec for spec in SPECS if len(sys.argv) < 3 or sys.argv[2] in spec.name]
     for spec in chosen:
         start = time.perf_counter()
-        trace = train(spec, num_examples).trace
+        trace = train(spec, num_examples, tolerance=TOLERANCE[spec.optimizer]).trace
         recorded = time.perf_counter() - start
         found = ntkscope.analyze(trace, window=(0, trace.steps[-1]))
         closure, transfer, summary = found.closure, found.transfer, found.summary()

@@ -10,6 +10,13 @@
 | `params` | p, parameters with `requires_grad` |
 | `modes` | directions of the range of B_s, the loss Hessian at the start of the window |
 | `snapshots` | points of a trace |
+| `steps` | optimizer steps that were followed one by one |
+| `audits` | steps at which received gradients were compared |
+| `horizons` | times that a jump predicts |
+| `lags` | spans of time over which motion is measured |
+| `groups` | groups of examples that a jackknife leaves out |
+| `kept`, `left_out` | examples kept or left out of a group's replicate |
+| `...` | nothing, or in the trace form one column per class |
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ from ntkscope.tables import examples_of, gate_of, history_of
 from ntkscope.uncertainty import Uncertainty, estimate_uncertainty
 from ntkscope.walk import Progress, Row, Walk, walk_trajectory
 
-NUM_MATRICES = 60  # of size N x N, float64, at the peak: 54 were measured at N = 1,000 (benchmarks/RESULTS.md)
+NUM_MATRICES = 80  # of size N x N, float64, at the peak: 79 were measured at N = 2,000 (benchmarks/RESULTS.md)
 
 
 def analyze(

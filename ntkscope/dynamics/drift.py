@@ -105,7 +105,7 @@ def frozen_query_motion(
         return gradient_of(moved).flatten().numpy()
 
     scale = float(torch.linalg.vector_norm(gradient_of(start))) * elapsed
-    solution = scipy.integrate.solve_ivp(velocity, (0.0, elapsed), np.zeros(start.numel()), rtol=1e-4, atol=1e-8 * max(scale, 1e-300))
+    solution = scipy.integrate.solve_ivp(velocity, (0.0, elapsed), np.zeros(start.numel()), rtol=1e-6, atol=1e-9 * max(scale, 1e-300))
     motion = -cross @ torch.from_numpy(solution.y[:, -1].copy()).view(shape)
     return motion.squeeze(1) if len(kernel) == start.numel() else motion
 
