@@ -1,6 +1,6 @@
 """Which score finds wrong labels after interpolation, without being told which they are: digits, 20 % wrong labels.
 
-    python -m benchmarks.noise_ranking [n, by default 100] [part of a run's name]
+python -m benchmarks.noise_ranking [n, by default 100] [part of a run's name]
 """
 
 import statistics

@@ -30,6 +30,7 @@ from ntkscope.findings import (
     motions_by_example,
     null_of,
     query_motion,
+    settled_start,
     target_kernel,
     transfer_of,
 )
@@ -80,7 +81,8 @@ def analyze(
         times: For bare checkpoints: optimizer time of each; else stored step times stored learning rate.
         cutoff: Rule that separates signal from reservoir: "half" (ω > ½), "fixed:X", "rank:R", "energy:X", "gap", "rank", "mp", "gd" or
             "risk".
-        window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot to the last at which at
+        window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot (for the Adam family the
+            first whose preconditioner has settled) to the last at which at
             most a quarter of the directions have ω > ½ and the gradient closure error is at most 25 %, else the whole trace.
         jackknife: Number of groups of examples (10 is usual) left out in turn for standard errors of signal rank, effective rank and
             reservoir energies; none if not given. It takes about as long as the analysis times a third of the groups.
@@ -120,10 +122,16 @@ def analyze(
     _check_time(trace, start, stop)
     if rescale_time:
         trace = rescaled(trace)
+    if window is None:
+        start = settled_start(trace)
     bound = loss_of(trace, loss, trace[start].outputs)
     course = Course(trace, start, stop, loss=bound)
     walk = walk_trajectory(course, target_kernel=target_kernel(trace), device=device, progress=progress)
-    end = _default_stop(walk) if window is None else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
+    end = (
+        _default_stop(walk, trace.steps[start])
+        if window is None
+        else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
+    )
     if window is None and walk.kept is not None:
         state, summed = walk.kept, walk.kept_summed
     else:
@@ -159,12 +167,12 @@ def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Tr
 
 def _check_memory(trace: Trace, max_memory: int | None) -> None:
     """Price the operators before the first is formed."""
-    num_outputs = trace.facts.num_examples * trace.facts.num_classes
-    num_query_outputs = trace.facts.num_query * trace.facts.num_classes
+    per_example = 1 if trace.facts.outputs == "trace" else trace.facts.num_classes
+    num_outputs, num_query_outputs = trace.facts.num_examples * per_example, trace.facts.num_query * per_example
     needed = 8 * (NUM_MATRICES * num_outputs**2 + 3 * num_query_outputs * num_outputs)
     if max_memory is not None and needed > max_memory:
         raise InputError(
-            f"The analysis of {num_outputs} outputs needs about {needed / 2**30:.2f} GiB, more than the "
+            f"The analysis of {num_outputs} stacked outputs needs about {needed / 2**30:.2f} GiB, more than the "
             f"{max_memory / 2**30:.2f} GiB allowed. Raise max_memory (--max-memory), or record a smaller probe."
         )
 
@@ -200,22 +208,27 @@ def _asked_reason(window: tuple[int, int], steps: list[int], start: int, stop: i
     return f"asked for {window[0]}:{window[1]}; nearest snapshots {steps[start]} to {steps[stop]}"
 
 
-def _default_stop(walk: Walk) -> _Stop:
+def _default_stop(walk: Walk, first_step: int) -> _Stop:
     """Choose the default window: up to the last snapshot where the spectrum still separates and the closure holds."""
     last = len(walk.history) - 1
+    later = "" if walk.course.start == 0 else (
+        f"; it begins at step {first_step}, since before it the optimizer's preconditioner of its first steps, made of single gradients, "
+        "predicts far more decrease than there was"
+    )  # fmt: skip
     if walk.kept is None:
         return _Stop(
             last,
             "the whole trace: at no snapshot do at most a quarter of the directions have omega > 1/2 "
-            "together with a closure error of at most 25 %",
+            f"together with a closure error of at most 25 %{later}",
         )
     if walk.kept_index == last:
         return _Stop(
             last,
-            "the whole trace: to its end at most a quarter of the directions have omega > 1/2 and the closure error is at most 25 %",
+            "the whole trace: to its end at most a quarter of the directions have omega > 1/2 "
+            f"and the closure error is at most 25 %{later}",
         )
     reasons = "the last snapshot at which at most a quarter of the directions have omega > 1/2 and the closure error is at most 25 %"
-    return _Stop(walk.kept_index, f"from the first snapshot to {reasons}; later snapshots are shown but not used")
+    return _Stop(walk.kept_index, f"from the first snapshot to {reasons}; later snapshots are shown but not used{later}")
 
 
 def _conclude(

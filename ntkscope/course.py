@@ -164,9 +164,10 @@ class Course:
         return Leg(first, last, whole, self._halves(position, whole) if self.is_refined and elapsed > 0 else (), tolerance)
 
     def _halves(self, position: int, whole: Piece) -> tuple[Piece, ...]:
-        """Interpolate through the neighbours that the window holds; nothing where the kernel is not smooth."""
+        """Interpolate through the neighbours; nothing where the kernel is not smooth."""
         assert self.loss is not None
-        near = [k for k in range(position - 1, position + 3) if self.start <= k <= self.stop]
+        # Neighbours outside the window count too: a window's numbers must not depend on how it was asked for.
+        near = [k for k in range(position - 1, position + 3) if 0 <= k < len(self.trace)]
         moments = [self.moment(k) for k in near]
         nodes = [moment.snapshot.time for moment in moments]
         if len(near) < 3 or min(np.diff(nodes)) <= 0:

@@ -11,6 +11,7 @@ from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT, Closure
 from ntkscope.dynamics.diffusion import MIN_STEPS, Diffusion, measure_diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift, frozen_query_motion
+from ntkscope.dynamics.form import Form
 from ntkscope.dynamics.loss import ProbeLoss
 from ntkscope.dynamics.transfer import Fit, Transfer, best_linear_predictor, fit_motion, kernel_regression
 from ntkscope.record.snapshot import Snapshot
@@ -23,6 +24,9 @@ from ntkscope.walk import Row, Walk
 
 NUM_SHUFFLES = 200
 NUM_DIFFUSING = 5  # leading directions whose drift and diffusion are measured
+MAX_UNSETTLED = 10  # snapshots among which the preconditioner must have settled
+UNSETTLED = 4.0  # predicted over observed decrease beyond which it has not: minibatch noise alone stays far below
+SMALLEST_DECREASE = 1e-3  # of the loss: what counts as a decrease at all
 CONSTANT_HESSIAN = 1e-9  # relative change of B below which it counts as constant
 
 
@@ -31,6 +35,42 @@ def query_motion(first: Snapshot, last: Snapshot) -> Float[Tensor, "queries clas
     if first.query_outputs is None or last.query_outputs is None:
         return None
     return last.query_outputs.double() - first.query_outputs.double()
+
+
+def settled_start(trace: Trace) -> int:
+    """Find the snapshot at which a default window begins: the first, or where the optimizer's preconditioner has settled.
+
+    After its first step Adam divides by the gradient of one batch. Parameters that this batch did not touch get 1/ε, and the kernel they
+    make predicts a decrease, gᵀKg Δτ, that no step ever made. Such intervals are left out, a few at most.
+
+    Args:
+        trace: The record.
+
+    Returns:
+        Index of a snapshot.
+    """
+    if trace.facts.precond == "identity":
+        return 0
+    form = Form(trace.facts.outputs == "trace")
+    last = min(MAX_UNSETTLED, len(trace) - 2)
+    before = trace[0]
+    rate = _decrease_rate(before, form)
+    start = 0
+    for position in range(1, last + 1):
+        after = trace[position]
+        next_rate = _decrease_rate(after, form)
+        predicted = 0.5 * (rate + next_rate) * (after.time - before.time)
+        if predicted > UNSETTLED * max(before.loss - after.loss, SMALLEST_DECREASE * abs(before.loss)):
+            start = position
+        before, rate = after, next_rate
+    return start
+
+
+def _decrease_rate(snapshot: Snapshot, form: Form) -> float:
+    """Compute gᵀ K g, the decrease of the loss in optimizer time."""
+    gradient = form.field(snapshot.gradient)
+    columns = gradient.reshape(len(gradient), -1)
+    return float((columns * (snapshot.kernel() @ columns)).sum())
 
 
 def motions_by_example(

@@ -10,6 +10,7 @@ from torch import nn
 
 import ntkscope
 from ntkscope._losses import NAMED_LOSSES
+from ntkscope.experiments.demo import train_demo
 
 
 def trained(loss="squared", *, steps=120, lr=0.3, num_examples=24, clean=True, batch=None, weight_decay=0.0, **recording):
@@ -226,6 +227,28 @@ def test_the_trace_form_is_flagged_and_close_where_classes_share_a_kernel():
     assert trace.cutoffs["risk"].rank * 3 == full.cutoffs["risk"].rank or trace.cutoffs["risk"].rank is not None
     assert "<table" in trace._repr_html_()
     trace.plot.eigenstructure()
+
+
+def test_a_window_does_not_depend_on_how_it_was_asked_for():
+    trace = trained(steps=200).trace
+    default = ntkscope.analyze(trace)
+    assert default.window.stop_step < 200
+    asked = ntkscope.analyze(trace, window=(default.window.start_step, default.window.stop_step))
+    for name in ("gramian", "propagator", "displacement", "transfer", "gradient"):
+        assert torch.equal(getattr(asked.dissipation, name), getattr(default.dissipation, name)), name
+    assert asked.closure == default.closure
+    assert asked.channels.signal_rank == default.channels.signal_rank
+    assert asked.transfer.baselines == default.transfer.baselines
+
+
+def test_the_first_steps_of_adam_are_left_out_of_the_default_window():
+    """Units that the first batch did not reach get a preconditioner of 1/ε, and a kernel that predicts what never happened."""
+    trace = train_demo(optimizer="adamw", loss="cross_entropy", num_examples=50, num_steps=300).recorder.trace
+    whole, default = ntkscope.analyze(trace, window=(0, 300)), ntkscope.analyze(trace)
+    assert 0 < default.window.start_step <= 5
+    assert f"begins at step {default.window.start_step}" in default.window.reason
+    assert default.closure.energy_error < 0.05 < whole.closure.energy_error
+    assert ntkscope.analyze(trained(steps=30)).window.start_step == 0
 
 
 def test_a_sample_of_the_training_set_is_flagged():
