@@ -16,7 +16,7 @@ SPECS = (
     RunSpec("SGD, cross-entropy, GELU", "sgd", "cross_entropy", 0.1, 200),
     RunSpec("Adam, squared, GELU", "adam", "squared", 5e-4, 400),
     RunSpec("Adam, cross-entropy, GELU", "adam", "cross_entropy", 5e-4, 300),
-    RunSpec("GD past the edge of stability", "gd", "squared", 0.9, 300),
+    RunSpec("GD past the edge of stability", "gd", "squared", 1.5, 300),
     RunSpec("SGD past drift 5", "sgd", "cross_entropy", 0.2, 400),
 )
 # Minibatch noise, which no spacing removes, is the larger error there: fewer snapshots, and an analysis of two minutes less each.
