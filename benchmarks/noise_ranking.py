@@ -11,6 +11,7 @@ from torch import nn
 
 import ntkscope
 from benchmarks.digits_runs import RunSpec, train
+from ntkscope.spectrum.examples import RECOMMENDED
 
 SPECS = (
     RunSpec("GD, squared, ReLU", "gd", "squared", 0.2, 4000, nn.ReLU),
@@ -44,10 +45,10 @@ def main() -> None:
                 losses = 0.5 * (outputs - targets).square().sum(dim=1)
             assert found.examples.is_noise is not None
             final = ntkscope.spectrum.examples.area_under_roc(losses, found.examples.is_noise)
-            recommended.append(scores[found.examples.recommended])
+            recommended.append(scores[RECOMMENDED])
             print(
                 f"{spec.name:28s} seed {seed}  final loss {last.loss:.1e} ranks {final:.3f}  window 0:{found.window.stop_step}  "
-                f"recommended {found.examples.recommended} {recommended[-1]:.3f}  | "
+                f"recommended {RECOMMENDED} {recommended[-1]:.3f}  | "
                 + "  ".join(f"{name} {scores[name]:.3f}" for name in SHOWN)
                 + f"  trustworthy {found.closure.trustworthy}",
                 flush=True,

@@ -25,7 +25,6 @@ from ntkscope.findings import (
     clean_gradient,
     diffusion_of,
     drift_of,
-    is_hessian_constant,
     kernel_action,
     motions_by_example,
     null_of,
@@ -261,9 +260,7 @@ def _conclude(
     stability = max((row.stability for row in rows[1:]), default=math.nan)
     gate, gate_reason = gate_of(walk, trace)
     history = history_of(walk, spectrum)
-    examples = examples_of(
-        trace, spectrum, channels, rows, history, is_constant=is_hessian_constant(rows), abstains=abstention(closure, stability)
-    )
+    examples = examples_of(trace, spectrum, channels, rows, history, abstains=abstention(closure, stability))
     diffusion, diffusion_reason = diffusion_of(walk, end.index, spectrum, bound)
     return Analysis(
         run=RunInfo(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ntkscope.spectrum.examples import COLUMNS, Examples
+from ntkscope.spectrum.examples import COLUMNS, RECOMMENDED, Examples
 
 SCHEMA = "ntkscope.summary/2"
 
@@ -79,7 +79,7 @@ def summarize(analysis: Any) -> dict[str, Any]:
         },
         "kernel_velocity": float(analysis.drift.velocity[stop]),
         "refined_share": sum(analysis.history.is_refined[1 : stop + 1]) / stop,
-        "examples_ranked_by": analysis.examples.recommended,
+        "examples_ranked_by": RECOMMENDED,
         "examples_abstain": analysis.examples.abstains,
         "examples": _examples(analysis.examples),
         "warnings": list(analysis.warnings),

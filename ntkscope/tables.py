@@ -37,9 +37,7 @@ def gate_of(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
     return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter), ""
 
 
-def examples_of(
-    trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History, *, is_constant: bool, abstains: str
-) -> Examples:
+def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History, *, abstains: str) -> Examples:
     """Fill the table of examples.
 
     Args:
@@ -48,7 +46,6 @@ def examples_of(
         channels: The split.
         rows: The window's snapshots.
         history: The whole history.
-        is_constant: Whether the loss Hessian is.
         abstains: Why nothing should be called suspicious; empty where nothing speaks against it.
 
     Returns:
@@ -84,7 +81,6 @@ def examples_of(
         half_time=crossing_times(history.example_residual, times, 0.5),
         quarter_time=crossing_times(history.example_residual, times, 0.25),
         residual_left=history.example_residual[-1],
-        recommended="reservoir_energy" if is_constant else "half_time",
         abstains=abstains,
     )
 

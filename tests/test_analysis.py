@@ -60,7 +60,7 @@ def test_the_analysis_is_consistent_with_itself(demo):
     assert bool((history.eigvals[1:] - history.eigvals[:-1] > -1e-9).all())
     assert_close(analysis.examples.reservoir_energy.sum(), analysis.channels.reservoir_part(gradient).square().sum())
     assert analysis.channels.signal_rank == int((spectrum.eigvals > 0.5).sum())
-    assert analysis.examples.ranking()[0] == int(analysis.examples.reservoir_energy.argmax())
+    assert analysis.examples.ranking("reservoir_energy")[0] == int(analysis.examples.reservoir_energy.argmax())
     # The places of examples in 3D: zero at the start, and their loss along an axis is what the axis removed.
     assert not history.leading[0].any()
     assert history.leading_modes[0] == int((spectrum.eigvals * (spectrum.eigvecs.T @ gradient).square()).argmax())

@@ -114,7 +114,7 @@ def test_the_table_abstains_where_the_run_does_not_close():
     assert not found.closure.trustworthy
     examples = found.examples
     assert "closure errors are too large" in examples.abstains
-    with pytest.raises(ntkscope.InputError, match="No ranking by reservoir_energy: the closure errors"):
+    with pytest.raises(ntkscope.InputError, match="No ranking by half_time: the closure errors"):
         examples.ranking()
     assert len(examples.ranking("loss")) == 24
     assert examples.table()["rank"] == [None] * 24
@@ -127,10 +127,11 @@ def test_ranking_refuses_unknown_scores(found):
         found.examples.ranking("beauty")
 
 
-def test_half_times_are_recommended_where_the_hessian_moves(found):
-    expected = "half_time" if found.run.loss == "cross_entropy" else "reservoir_energy"
-    assert found.examples.recommended == expected
-    assert found.summary()["examples_ranked_by"] == expected
+def test_examples_are_ranked_by_half_time(found):
+    examples = found.examples
+    assert examples.ranking() == examples.ranking("half_time")
+    assert found.summary()["examples_ranked_by"] == "half_time"
+    assert examples.auroc["half_time"] > 0.9  # two clusters' worth of wrong labels are learned late
 
 
 def test_examples_that_never_got_there_come_first_the_least_learned_first():

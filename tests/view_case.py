@@ -83,8 +83,7 @@ def synthetic_analysis(
         half_time=times_to(0.5),
         quarter_time=times_to(0.25),
         abstains="",
-        recommended="reservoir_energy",
-        ranking=lambda by="reservoir_energy": reservoir_energy.argsort(descending=True).tolist(),
+        ranking=lambda by="half_time": reservoir_energy.argsort(descending=True).tolist(),
         auroc={
             "reservoir_energy": 0.97,
             "loss": 0.91,
@@ -115,6 +114,7 @@ def synthetic_analysis(
         history.predicted_loss[-1] = torch.nan
         history.eigvals[-1, :2] = torch.nan
         examples.reservoir_energy[1] = torch.nan
+        examples.half_time[1] = torch.nan
         examples.reservoir_share[1] = torch.nan
         examples.self_influence[:] = torch.nan
         examples.loss[2] = torch.inf

@@ -26,6 +26,9 @@ SUSPICIOUS_WHEN_LARGE = {
     "quarter_time": True,
 }
 
+# Of all scores that need no knowledge of the noise it ranks wrong labels best on the runs we measured, and it needs no cutoff and no window
+# that ends before interpolation (benchmarks/RESULTS.md).
+RECOMMENDED = "half_time"
 FROM_OPERATORS = {"reservoir_energy", "half_time", "quarter_time"}
 COLUMNS = (
     "reservoir_energy",
@@ -57,8 +60,6 @@ class Examples(Displayed):
         half_time: Optimizer time at which half of the example's squared residual was gone; infinite if never.
         quarter_time: Likewise, when a quarter is left.
         residual_left: Share of each example's squared residual that was left at the last snapshot: orders those whose times are infinite.
-        recommended: Score that ranks suspicious labels best on the runs we measured, chosen by the loss alone: `reservoir_energy` where its
-            Hessian is constant (squared, mse), else `half_time` (benchmarks/RESULTS.md).
         abstains: Why nothing should be called suspicious (closure errors too large); empty where nothing speaks against it.
     """
 
@@ -75,14 +76,13 @@ class Examples(Displayed):
     half_time: Float[Tensor, " examples"]
     quarter_time: Float[Tensor, " examples"]
     residual_left: Float[Tensor, " examples"]
-    recommended: str = "reservoir_energy"
     abstains: str = ""
 
-    def ranking(self, by: str | None = None) -> list[int]:
+    def ranking(self, by: str = RECOMMENDED) -> list[int]:
         """Order the examples, most suspicious first.
 
         Args:
-            by: Score to rank by: one of the columns; the recommended one if not given.
+            by: Score to rank by: one of the columns.
 
         Returns:
             Positions, most suspicious first.
@@ -90,7 +90,6 @@ class Examples(Displayed):
         Raises:
             InputError: If there is no such score, or it rests on operators that the closure errors say not to believe.
         """
-        by = self.recommended if by is None else by
         check_choice("by", by, SUSPICIOUS_WHEN_LARGE)
         if self.abstains and by in FROM_OPERATORS:
             raise InputError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ntkscope.spectrum.examples import RECOMMENDED
 from ntkscope.view.words import AnalysisLike, number, percent
 
 
@@ -110,9 +111,9 @@ def ranked_by(analysis: AnalysisLike) -> str:
         analysis: The result.
 
     Returns:
-        The recommended one, or "loss" where the table abstains.
+        The recommended one (half-time), or "loss" where the table abstains.
     """
-    return "loss" if analysis.examples.abstains else analysis.examples.recommended
+    return "loss" if analysis.examples.abstains else RECOMMENDED
 
 
 def shown_scores(analysis: AnalysisLike, names: Sequence[str] | None = None) -> list[Score]:
@@ -182,7 +183,7 @@ def auroc_sentence(analysis: AnalysisLike) -> str:
         Sentences; "" if the planted labels are unknown.
     """
     scores = analysis.examples.auroc
-    chosen = analysis.examples.recommended
+    chosen = RECOMMENDED
     if not scores or chosen not in scores:
         return ""
     own = scores[chosen]
