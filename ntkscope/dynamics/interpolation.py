@@ -1,7 +1,7 @@
 """Kernels between snapshots: a cubic through the four nearest, averaged over each half of an interval.
 
 The trapezoid rule of theory.md section 4 takes ½(K_j + K_{j+1}) for a whole interval. Where the kernel moves smoothly, a cubic through
-the neighbours and two half intervals lower the error per snapshot three- to fivefold (benchmarks/RESULTS.md); a commutator-free Magnus
+the neighbours and two half intervals lower the error per snapshot two- to fivefold (benchmarks/RESULTS.md); a commutator-free Magnus
 rule of fourth order costs the same two decompositions and was measured to be no better.
 Where the kernel jumps about (minibatches of few examples, the first steps of Adam) the cubic is noise: the trapezoid rule is kept there.
 """
