@@ -149,7 +149,7 @@ def test_without_tolerance_spacing_is_by_step_count():
 def test_a_run_too_fast_for_any_placement_says_so():
     trace = record(lambda m: SGD(m.parameters(), lr=1.5), 8, schedule="log", tolerance=1e-5).trace
     (note,) = trace.facts.notes
-    assert note.startswith("Tolerance 0.001 % cannot be met by snapshots after every step: ")
+    assert note.startswith("Tolerance 0.001 % cannot be met by the densest snapshots that are taken ")
     assert note.endswith("lower the learning rate, or raise tolerance.")
     assert trace.steps == list(range(9))
 

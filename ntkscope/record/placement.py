@@ -12,6 +12,7 @@ from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace
 
 SAFETY = 0.9
+DENSEST = 20  # spacing is never below a twentieth of the steps so far: a record grows with the logarithm of the run, whatever the noise
 SHRINK, GROW = 0.5, 2.0  # bounds on the change of one spacing to the next
 STEP_RATIO = 1.5  # the next snapshot is never later than so many times the step count
 DRIFT_CHECKS = 4  # per interval
@@ -71,7 +72,7 @@ class Placement:
         else:
             self._remember(snapshot)
             self.due = snapshot.step + self._spacing(self.tolerance)
-        self.check_every = 1 if self.due is None else max(1, (self.due - snapshot.step) // DRIFT_CHECKS)
+        self._plan_checks(snapshot.step)
         self._is_put_off = self._is_interrupted = False
 
     def notes(self, bound: str) -> list[str]:
@@ -93,9 +94,10 @@ class Placement:
                 f"raise max_overhead{'' if self.tolerance is None else ' or tolerance'}."
             )
         if self.num_coarse:
-            plural = "interval of one step errs" if self.num_coarse == 1 else "intervals of one step err"
+            plural = "interval errs" if self.num_coarse == 1 else "intervals err"
             found.append(
-                f"{asked} cannot be met by snapshots after every step: {self.num_coarse} {plural} by more{reached}; "
+                f"{asked} cannot be met by the densest snapshots that are taken (every step, later every twentieth of the steps so far): "
+                f"{self.num_coarse} {plural} by more{reached}; "
                 "lower the learning rate, or raise tolerance."
             )
         return found
@@ -140,8 +142,13 @@ class Placement:
         if state is not None:
             self.num_put_off, self.num_coarse = int(state["num_put_off"]), int(state["num_coarse"])
             self.largest_error = float(state["largest_error"])
-        self.check_every = 1 if self.due is None else max(1, (self.due - last) // DRIFT_CHECKS)
+        self._plan_checks(last)
         self._is_interrupted = trace.steps[-1] != last
+
+    def _plan_checks(self, step: int) -> None:
+        """Choose how often to look whether the kernel has moved by more than planned for."""
+        floor = 1 if self.tolerance is None else max(1, step // DENSEST)
+        self.check_every = 1 if self.due is None else max(floor, (self.due - step) // DRIFT_CHECKS)
 
     def _describe(self) -> str:
         """Name the rule, so that a plan made by another one is not followed."""
@@ -167,10 +174,11 @@ class Placement:
         self._recent = recent[1:]
         error = local_error(before, middle, after, initial_loss=self._initial_loss)
         spacing = after.step - middle.step
-        is_coarse = error > tolerance and spacing == 1 == middle.step - before.step
+        densest = max(1, before.step // DENSEST)
+        is_coarse = error > tolerance and spacing <= densest and middle.step - before.step <= densest
         self.num_coarse += is_coarse
         if is_coarse or self._is_put_off:
             self.largest_error = max(self.largest_error, error)
         factor = SAFETY * (tolerance / error) ** (1 / 3) if error > 0 else GROW
         wanted = round(spacing * min(max(factor, SHRINK), GROW))
-        return max(1, min(wanted, math.floor(STEP_RATIO * after.step) - after.step))
+        return max(1, after.step // DENSEST, min(wanted, math.floor(STEP_RATIO * after.step) - after.step))
