@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from ntkscope.findings import (
     clean_gradient,
     diffusion_of,
     drift_of,
+    has_query_path,
     kernel_action,
     motions_by_example,
     null_of,
     query_motion,
-    settled_start,
     target_kernel,
     transfer_of,
 )
@@ -48,6 +47,7 @@ from ntkscope.spectrum.truncation import truncate
 from ntkscope.tables import examples_of, gate_of, history_of
 from ntkscope.uncertainty import Uncertainty, estimate_uncertainty
 from ntkscope.walk import Progress, Row, Walk, walk_trajectory
+from ntkscope.window import Stop, asked_reason, check_time, default_stop, settled_start, snap
 
 NUM_MATRICES = 80  # of size N x N, float64, at the peak: 79 were measured at N = 2,000 (benchmarks/RESULTS.md)
 
@@ -117,8 +117,8 @@ def analyze(
             "Train for at least one step with the recorder attached, and save recorder.state_dict() after it."
         )
     _check_memory(trace, max_memory)
-    start, stop = (0, len(trace) - 1) if window is None else _snap(window, trace.steps)
-    _check_time(trace, start, stop)
+    start, stop = (0, len(trace) - 1) if window is None else snap(window, trace.steps)
+    check_time(trace, start, stop)
     if rescale_time:
         trace = rescaled(trace)
     if window is None:
@@ -127,9 +127,9 @@ def analyze(
     course = Course(trace, start, stop, loss=bound)
     walk = walk_trajectory(course, target_kernel=target_kernel(trace), device=device, progress=progress)
     end = (
-        _default_stop(walk, trace.steps[start])
+        default_stop(walk, trace.steps[start])
         if window is None
-        else _Stop(len(walk.history) - 1, _asked_reason(window, trace.steps, start, stop))
+        else Stop(len(walk.history) - 1, asked_reason(window, trace.steps, start, stop))
     )
     if window is None and walk.kept is not None:
         state, summed = walk.kept, walk.kept_summed
@@ -140,14 +140,6 @@ def analyze(
         shorter = Course(trace, start, start + end.index, loss=bound)
         uncertainty = estimate_uncertainty(shorter, cutoff=cutoff, num_groups=jackknife, device=device, progress=progress)
     return _conclude(trace, walk, end, state, summed, cutoff=cutoff, bound=bound, start=start, uncertainty=uncertainty, device=device)
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """Where the window ends, and why."""
-
-    index: int
-    reason: str
 
 
 def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
@@ -176,64 +168,10 @@ def _check_memory(trace: Trace, max_memory: int | None) -> None:
         )
 
 
-def _check_time(trace: Trace, start: int, stop: int) -> None:
-    """Check that optimizer time passes in the window."""
-    if trace[start].time == trace[stop].time:
-        raise InputError(
-            f"There is no time between the first and the last snapshot of {trace.source} (both at {trace[start].time:g}): "
-            "was the learning rate zero, or --times the same?"
-        )
-
-
-def _snap(window: tuple[int, int], steps: list[int]) -> tuple[int, int]:
-    """Snap a window to the nearest snapshots."""
-    first, last = window
-    if not (steps[0] <= first < last <= steps[-1]):
-        raise InputError(
-            f"The window {first}:{last} is outside the trace, or empty. Snapshots run from step {steps[0]} to {steps[-1]}; "
-            "give start:stop with start < stop inside that."
-        )
-    start, stop = (min(range(len(steps)), key=lambda j, step=step: abs(steps[j] - step)) for step in window)
-    if start == stop:
-        raise InputError(
-            f"The window {first}:{last} holds no interval: both ends are nearest to the snapshot at step {steps[start]}. "
-            f"Snapshots near it: {steps[max(0, start - 2) : start + 3]}."
-        )
-    return start, stop
-
-
-def _asked_reason(window: tuple[int, int], steps: list[int], start: int, stop: int) -> str:
-    """Say what became of the window asked for."""
-    return f"asked for {window[0]}:{window[1]}; nearest snapshots {steps[start]} to {steps[stop]}"
-
-
-def _default_stop(walk: Walk, first_step: int) -> _Stop:
-    """Choose the default window: up to the last snapshot where the spectrum still separates and the closure holds."""
-    last = len(walk.history) - 1
-    later = "" if walk.course.start == 0 else (
-        f"; it begins at step {first_step}, since before it the optimizer's preconditioner of its first steps, made of single gradients, "
-        "predicts far more decrease than there was"
-    )  # fmt: skip
-    if walk.kept is None:
-        return _Stop(
-            last,
-            "the whole trace: at no snapshot do at most a quarter of the directions have omega > 1/2 "
-            f"together with a closure error of at most 25 %{later}",
-        )
-    if walk.kept_index == last:
-        return _Stop(
-            last,
-            "the whole trace: to its end at most a quarter of the directions have omega > 1/2 "
-            f"and the closure error is at most 25 %{later}",
-        )
-    reasons = "the last snapshot at which at most a quarter of the directions have omega > 1/2 and the closure error is at most 25 %"
-    return _Stop(walk.kept_index, f"from the first snapshot to {reasons}; later snapshots are shown but not used{later}")
-
-
 def _conclude(
     trace: Trace,
     walk: Walk,
-    end: _Stop,
+    end: Stop,
     state: Dissipation,
     summed: Tensor | None,
     *,
@@ -324,13 +262,12 @@ def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, agre
     first, last, facts = rows[0].snapshot, rows[-1].snapshot, trace.facts
     # Each interval from the gradient observed at its start: errors do not build up, so only a wrong scale or noise shows.
     local = sum(row.local_energy for row in rows)
-    has_query_path = last.forcing is None or last.query_forcing is not None
     observed = query_motion(first, last)
     return measure_closure(
         state,
         losses=(first.loss, last.loss),
         gradients=(walk.first.gradient, walk.form.field(last.gradient)),
-        query_motion=None if observed is None or not has_query_path else walk.form.field(observed),
+        query_motion=None if observed is None or not has_query_path(last) else walk.form.field(observed),
         circumstances=Circumstances(
             stability=max((row.stability for row in rows[1:]), default=math.nan),
             largest_kernel_step=max(row.kernel_step for row in rows),

@@ -167,10 +167,9 @@ class Course:
         """Interpolate through the neighbours; nothing where the kernel is not smooth."""
         assert self.loss is not None
         # Neighbours outside the window count too: a window's numbers must not depend on how it was asked for.
-        near = [k for k in range(position - 1, position + 3) if 0 <= k < len(self.trace)]
-        moments = [self.moment(k) for k in near]
+        moments = [moment for k in range(position - 1, position + 3) if (moment := self._neighbour(k)) is not None]
         nodes = [moment.snapshot.time for moment in moments]
-        if len(near) < 3 or min(np.diff(nodes)) <= 0:
+        if len(moments) < 3 or min(np.diff(nodes)) <= 0:
             return ()
         begin, end = self.moment(position), self.moment(position + 1)
         start, middle = begin.snapshot.time, begin.snapshot.time + 0.5 * whole.elapsed
@@ -187,6 +186,15 @@ class Course:
                 blocks += share * self.loss.hessian_blocks(outputs)
             pieces.append(self._piece(weighted, self.form.blocks(blocks), b - a))
         return tuple(pieces)
+
+    def _neighbour(self, position: int) -> Moment | None:
+        """Read a snapshot that may lie outside the window, and then may be damaged: the window does without it."""
+        if self.start <= position <= self.stop:
+            return self.moment(position)
+        try:
+            return self.moment(position) if 0 <= position < len(self.trace) else None
+        except InputError:
+            return None
 
     def _piece(self, weighted: Sequence[tuple[Moment, float]], blocks: Tensor, elapsed: float) -> Piece:
         """Combine snapshots into one piece."""

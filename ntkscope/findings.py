@@ -11,7 +11,6 @@ from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT, Closure
 from ntkscope.dynamics.diffusion import MIN_STEPS, Diffusion, measure_diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift, frozen_query_motion
-from ntkscope.dynamics.form import Form
 from ntkscope.dynamics.loss import ProbeLoss
 from ntkscope.dynamics.transfer import Fit, Transfer, best_linear_predictor, fit_motion, kernel_regression
 from ntkscope.record.snapshot import Snapshot
@@ -24,9 +23,6 @@ from ntkscope.walk import Row, Walk
 
 NUM_SHUFFLES = 200
 NUM_DIFFUSING = 5  # leading directions whose drift and diffusion are measured
-MAX_UNSETTLED = 10  # snapshots among which the preconditioner must have settled
-UNSETTLED = 4.0  # predicted over observed decrease beyond which it has not: minibatch noise alone stays far below
-SMALLEST_DECREASE = 1e-3  # of the loss: what counts as a decrease at all
 CONSTANT_HESSIAN = 1e-9  # relative change of B below which it counts as constant
 
 
@@ -37,40 +33,9 @@ def query_motion(first: Snapshot, last: Snapshot) -> Float[Tensor, "queries clas
     return last.query_outputs.double() - first.query_outputs.double()
 
 
-def settled_start(trace: Trace) -> int:
-    """Find the snapshot at which a default window begins: the first, or where the optimizer's preconditioner has settled.
-
-    After its first step Adam divides by the gradient of one batch. Parameters that this batch did not touch get 1/ε, and the kernel they
-    make predicts a decrease, gᵀKg Δτ, that no step ever made. Such intervals are left out, a few at most.
-
-    Args:
-        trace: The record.
-
-    Returns:
-        Index of a snapshot.
-    """
-    if trace.facts.precond == "identity":
-        return 0
-    form = Form(trace.facts.outputs == "trace")
-    last = min(MAX_UNSETTLED, len(trace) - 2)
-    before = trace[0]
-    rate = _decrease_rate(before, form)
-    start = 0
-    for position in range(1, last + 1):
-        after = trace[position]
-        next_rate = _decrease_rate(after, form)
-        predicted = 0.5 * (rate + next_rate) * (after.time - before.time)
-        if predicted > UNSETTLED * max(before.loss - after.loss, SMALLEST_DECREASE * abs(before.loss)):
-            start = position
-        before, rate = after, next_rate
-    return start
-
-
-def _decrease_rate(snapshot: Snapshot, form: Form) -> float:
-    """Compute gᵀ K g, the decrease of the loss in optimizer time."""
-    gradient = form.field(snapshot.gradient)
-    columns = gradient.reshape(len(gradient), -1)
-    return float((columns * (snapshot.kernel() @ columns)).sum())
+def has_query_path(last: Snapshot) -> bool:
+    """Say whether all that moves the query outputs is recorded: schema 1 kept no weight decay of theirs."""
+    return last.forcing is None or last.query_forcing is not None
 
 
 def motions_by_example(
@@ -153,11 +118,11 @@ def transfer_of(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, b
         return None, "no query set was recorded: give the Recorder `query=(inputs, targets)`"
     if not bool(observed.any()):
         return None, "the query outputs did not move"
-    precision = len(walk.first.kernel) * max(first.kernel_eps / 1e4, torch.finfo(torch.float64).eps)
-    constant = is_hessian_constant(rows)
-    predictor, rank = best_linear_predictor(
-        state.displacement, state.transfer, gramian=None if constant else state.gramian, relative_tolerance=precision
-    )
+    if not has_query_path(last):
+        return None, "weight decay acts, and its motion of the query outputs is not in this record: record the run again with this version"
+    precision = len(walk.first.kernel) * torch.finfo(first.kernel_upper.dtype).eps
+    gramian = None if is_hessian_constant(rows) else state.gramian
+    predictor, rank = best_linear_predictor(state.displacement, state.transfer, gramian=gramian, relative_tolerance=precision)
     moved = form.field(last.outputs.double() - first.outputs.double())
     baselines, missing = _baselines(walk, rows, state, trace, bound, moved, observed, precision)
     return (
@@ -242,7 +207,8 @@ def diffusion_of(walk: Walk, stop: int, spectrum: Spectrum, bound: ProbeLoss | N
     # Motions carry B^{+½}: a direction v of R reads a motion d as vᵀ B^½ d.
     readers = walk.whitening.gradient_back(spectrum.eigvecs[:, leading]).T  # vᵀ B^½, [modes, outputs]
     classes = (spectrum.eigvecs[:, leading].T @ spectrum.residual).reshape(len(leading), -1)
-    classes = classes / torch.linalg.vector_norm(classes, dim=1, keepdim=True)  # trace form: along the residual's own classes
+    norms = torch.linalg.vector_norm(classes, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    classes = classes / norms  # trace form: along the residual's own classes
 
     def read(rows_of: Tensor, field: Tensor) -> Tensor:
         return ((rows_of @ field.reshape(len(field), -1)) * classes).sum(dim=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ntkscope.spectrum.examples import COLUMNS, RECOMMENDED, Examples
+from ntkscope.spectrum.examples import RECOMMENDED
 
 SCHEMA = "ntkscope.summary/2"
 
@@ -20,6 +20,7 @@ def summarize(analysis: Any) -> dict[str, Any]:
     Returns:
         JSON-able values; what is infinite or undefined is null.
     """
+    table = analysis.examples.table()
     closure, stop = analysis.closure, analysis.window.stop - analysis.window.start
     gate = None
     if analysis.gate is not None:
@@ -81,20 +82,9 @@ def summarize(analysis: Any) -> dict[str, Any]:
         "refined_share": sum(analysis.history.is_refined[1 : stop + 1]) / stop,
         "examples_ranked_by": RECOMMENDED,
         "examples_abstain": analysis.examples.abstains,
-        "examples": _examples(analysis.examples),
+        "examples": [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)],
         "warnings": list(analysis.warnings),
     })
-
-
-def _examples(table: Examples) -> list[dict[str, Any]]:
-    """List the examples, one entry each."""
-    columns = {name: getattr(table, name).tolist() for name in COLUMNS}
-    columns["label"] = table.labels or [None] * len(table.ids)
-    if table.is_noise is not None:
-        columns["true_label"] = table.true_labels or [None] * len(table.ids)
-        columns["is_noise"] = table.is_noise.tolist()
-    names = ("id", *columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(table.ids, *columns.values(), strict=True)]
 
 
 def _transfer(analysis: Any) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """What an analysis says beside the spectrum, on small real runs."""
 
 import csv
+import dataclasses
 import sys
 
 import pytest
@@ -131,7 +132,7 @@ def test_examples_are_ranked_by_half_time(found):
     examples = found.examples
     assert examples.ranking() == examples.ranking("half_time")
     assert found.summary()["examples_ranked_by"] == "half_time"
-    assert examples.auroc["half_time"] > 0.9  # two clusters' worth of wrong labels are learned late
+    assert examples.auroc["half_time"] > 0.9  # wrong labels inside a cluster are learned late
 
 
 def test_examples_that_never_got_there_come_first_the_least_learned_first():
@@ -225,7 +226,6 @@ def test_the_trace_form_is_flagged_and_close_where_classes_share_a_kernel():
         full.transfer.baselines["frozen_kernel"].relative_error, rel=1e-4
     )
     assert_close(trace.drift.alignment_targets, full.drift.alignment_targets, 1e-7)
-    assert trace.cutoffs["risk"].rank * 3 == full.cutoffs["risk"].rank or trace.cutoffs["risk"].rank is not None
     assert "<table" in trace._repr_html_()
     trace.plot.eigenstructure()
 
@@ -250,6 +250,28 @@ def test_the_first_steps_of_adam_are_left_out_of_the_default_window():
     assert f"begins at step {default.window.start_step}" in default.window.reason
     assert default.closure.energy_error < 0.05 < whole.closure.energy_error
     assert ntkscope.analyze(trained(steps=30)).window.start_step == 0
+
+
+def test_a_damaged_snapshot_after_the_window_is_not_needed():
+    trace = trained(steps=60).trace
+    steps = trace.steps
+    whole = ntkscope.analyze(trace, window=(0, steps[-2]))
+    last = trace.entries[steps[-1]]
+    broken = {**trace.entries, steps[-1]: dataclasses.replace(last, probe_hash="another")}
+    damaged = ntkscope.analyze(dataclasses.replace(trace, entries=broken), window=(0, steps[-2]))
+    # The last interval goes without its neighbour beyond the window; nothing else changes.
+    assert damaged.closure.gradient_error == pytest.approx(whole.closure.gradient_error, rel=0.2)
+    with pytest.raises(ntkscope.InputError, match="another probe set"):
+        ntkscope.analyze(dataclasses.replace(trace, entries=broken), window=(0, steps[-1]))
+
+
+def test_an_old_record_without_the_decay_of_query_outputs_is_not_compared():
+    trace = trained(steps=40, weight_decay=0.02).trace
+    old = {step: dataclasses.replace(snapshot, query_forcing=None) for step, snapshot in trace.entries.items()}
+    found = ntkscope.analyze(dataclasses.replace(trace, entries=old))
+    assert found.transfer is None
+    assert "weight decay acts" in found.transfer_reason
+    assert found.closure.query_error is None
 
 
 def test_a_sample_of_the_training_set_is_flagged():

@@ -19,6 +19,7 @@ LAYERS = [
     ["record"],
     ["course"],
     ["walk"],
+    ["window"],
     ["findings"],
     ["uncertainty"],
     ["summary"],

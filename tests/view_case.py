@@ -160,6 +160,7 @@ def synthetic_analysis(
             eigvecs=eigvecs,
             log_dissipation=-0.5 * torch.log1p(-final),
             residual=residual,
+            residual_energy=coefficients.square(),
             owner=owner,
             effective_rank=33.2,
             stable_rank=21.9,

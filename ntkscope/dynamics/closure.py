@@ -147,7 +147,7 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
     if found.largest_kernel_step > LARGE_STEP:
         causes.append(
             f"Too few snapshots: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
-            "Record with a smaller `drift` or a denser `schedule`, or end the window earlier."
+            "Record with a smaller `tolerance` or `drift`, or end the window earlier."
         )
     if found.momentum_lag > 1:
         causes.append(

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntkscope.dynamics.form import Form, is_softmax_like
 from ntkscope.record.propagate import Linear, Propagated, propagate
 from ntkscope.record.snapshot import Snapshot, unpack_upper
 
 LOSS_FLOOR = 1e-3  # of the initial loss: what changes the loss by less has no energy error worth the name
 GRADIENT_SHARE = 5.0  # a gradient may err by so many times the tolerance of energy, as the limits of theory.md section 4 do
-ROW_SUM = 1e-8  # of the largest entry, below which a Hessian block counts as softmax's
 
 
 def local_error(before: Snapshot, middle: Snapshot, after: Snapshot, *, initial_loss: float) -> float:
@@ -88,10 +88,9 @@ def hessian_product(blocks: Float[Tensor, "examples classes classes"], is_trace:
     Returns:
         The product.
     """
-    num_classes = blocks.shape[1]
     if not is_trace:
         return lambda array: torch.bmm(blocks, array[:, :, None])[:, :, 0]
-    traces = blocks.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None]
-    if num_classes > 1 and float(blocks.sum(dim=2).abs().max()) <= ROW_SUM * float(blocks.abs().max()):
-        return lambda array: traces / (num_classes - 1) * (array - array.mean(dim=1, keepdim=True))
-    return lambda array: traces / num_classes * array
+    weights = Form(is_trace=True).blocks(blocks)[:, 0]
+    if is_softmax_like(blocks):
+        return lambda array: weights * (array - array.mean(dim=1, keepdim=True))
+    return lambda array: weights * array

@@ -26,8 +26,8 @@ SUSPICIOUS_WHEN_LARGE = {
     "quarter_time": True,
 }
 
-# Of all scores that need no knowledge of the noise it ranks wrong labels best on the runs we measured, and it needs no cutoff and no window
-# that ends before interpolation (benchmarks/RESULTS.md).
+# Of the scores made from the operators it ranked wrong labels best, or as well, in nearly every run measured, and it needs no cutoff and no
+# window that ends before interpolation. Margin and loss in such a window are about as good (benchmarks/RESULTS.md).
 RECOMMENDED = "half_time"
 FROM_OPERATORS = {"reservoir_energy", "half_time", "quarter_time"}
 COLUMNS = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkscope.view import palette
 from ntkscope.view.drawing import fixed_range, frame_rows, hover_facts, median, values
-from ntkscope.view.findings import mode_energies, stop_row
+from ntkscope.view.findings import stop_row
 from ntkscope.view.words import AnalysisLike, percent
 
 CLEAR_RATIO = 1.5  # of two medians, from which on a title compares them
@@ -112,7 +112,7 @@ def _hover_modes(analysis: AnalysisLike) -> str:
 def _removed_shares(analysis: AnalysisLike) -> list[float]:
     """Compute which share of the loss that training removed lies along each axis."""
     spectrum = analysis.spectrum
-    removed = spectrum.eigvals * mode_energies(analysis)
+    removed = spectrum.eigvals * spectrum.residual_energy
     total = float(removed.sum())
     return [float(removed[mode]) / total if total > 0 else math.nan for mode in analysis.history.leading_modes]
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT
-from ntkscope.spectrum.eigen import squared_rows
 from ntkscope.view.suspects import ranked
 from ntkscope.view.words import SPACE, AnalysisLike, counted, number, percent
 
@@ -58,18 +57,6 @@ def signal_modes(analysis: AnalysisLike) -> list[bool]:
     if selected is not None:
         return [bool(flag) for flag in selected]
     return [k < analysis.channels.signal_rank for k in range(len(analysis.spectrum.eigvals))]
-
-
-def mode_energies(analysis: AnalysisLike) -> Tensor:
-    """Compute the squared residual along every direction.
-
-    Args:
-        analysis: The result.
-
-    Returns:
-        One number a mode.
-    """
-    return squared_rows(analysis.spectrum.eigvecs.T @ analysis.spectrum.residual)
 
 
 def rule_words(rule: str) -> str:
@@ -218,14 +205,14 @@ def next_steps(analysis: AnalysisLike) -> list[str]:
 def _signal_share_of_removed(analysis: AnalysisLike) -> float:
     """Compute which share of the removed squared error the signal directions carry."""
     spectrum = analysis.spectrum
-    removed: Tensor = spectrum.eigvals * mode_energies(analysis)
+    removed: Tensor = spectrum.eigvals * analysis.spectrum.residual_energy
     total = float(removed.sum())
     return float(removed[torch.tensor(signal_modes(analysis))].sum()) / total if total > 0 else math.nan
 
 
 def _reservoir_share(analysis: AnalysisLike) -> float:
     """Compute which share of the initial squared error lies in the reservoir."""
-    squares = mode_energies(analysis)
+    squares = analysis.spectrum.residual_energy
     total = float(squares.sum())
     return float(squares[~torch.tensor(signal_modes(analysis))].sum()) / total if total > 0 else math.nan
 
