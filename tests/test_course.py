@@ -1,5 +1,6 @@
 """Interpolated kernels: against Runge–Kutta on a kernel that moves, and what happens where it jumps."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -114,6 +115,10 @@ def test_a_jump_is_left_to_the_trapezoid():
     assert num_pieces[:6] == [2] * 6
     assert num_pieces[-6:] == [2] * 6
     assert 1 in num_pieces[6:-6]
+    # Not only where an interpolated kernel is indefinite: beside the jump the cubic's mean is off, and there are no halves to try.
+    legs = list(Course(trace, 0, len(trace) - 1, loss=loss).legs())
+    assert legs[8].start.snapshot.time == HORIZON / 2
+    assert [bool(legs[k].halves) for k in (6, 7, 9, 10)] == [True, False, False, True]
     assert relative_error(state.gramian, exact(matrices(3.0), HORIZON).W) < 0.2
 
 
@@ -141,7 +146,12 @@ def test_merged_legs_span_the_course_with_time_weighted_hessians():
     legs = list(course.merged_legs(2))
     assert [leg.stop.snapshot.step for leg in legs] == [2, 5]
     assert sum(leg.whole.elapsed for leg in legs) == pytest.approx(3.5)
-    assert_close(legs[0].whole.blocks, trace[1].mean_hessian)  # constant: any average of it
+    # Hessians that differ: weighted by the time that each stands for, 0.3 and 0.7 of the first merged leg.
+    for step in (1, 2):
+        snapshot = trace.entries[step]
+        trace.entries[step] = dataclasses.replace(snapshot, mean_hessian=step * snapshot.mean_hessian)
+    (merged, _) = Course(trace, 0, 5, loss=loss).merged_legs(2)
+    assert_close(merged.whole.blocks, (0.3 * 1 + 0.7 * 2) * trace[3].mean_hessian)
 
 
 @settings(max_examples=50, deadline=None)
