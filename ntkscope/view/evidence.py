@@ -7,8 +7,8 @@ from ntkscope.view.words import AnalysisLike, number, percent
 BASELINES = {
     "frozen_kernel": "the kernel frozen at the start",
     "linearized": "the model linearized at the start, at the real weights",
-    "regression_start": "kernel regression with the first kernel",
-    "regression_end": "kernel regression with the last kernel",
+    "regression_start": "kernel regression from the observed training motion with the first kernel",
+    "regression_end": "with the last kernel",
 }
 RULE_DEPENDENT = 0.8  # rank correlation of examples under other cutoffs below which the cutoff decides
 
@@ -37,7 +37,7 @@ def reach(analysis: AnalysisLike) -> list[str]:
         sentences.append(f"Predicting with the signal channel only would miss {percent(share)} of that motion.")
     cells = analysis.cells
     if cells is not None:
-        kind = "Estimated by the population-risk rule" if cells.is_estimate else "By the planted noise"
+        kind = "Estimated roughly, by the population-risk rule" if cells.is_estimate else "By the planted noise"
         norms = cells.norms
         sentences.append(
             f"{kind}, of the predicted motion's size: clean labels through the signal channel {percent(norms['signal_clean'])}, "

@@ -123,7 +123,7 @@ def render_report(analysis: AnalysisLike) -> str:
         figures=[_figure_block(name, analysis) for name in _drawn(analysis)],
         table=_suspect_table(analysis),
         abstains=analysis.examples.abstains,
-        ranked_by=suspicion.ranked_by(analysis).replace("_", " "),
+        ranked_by=suspicion.title(suspicion.ranked_by(analysis)),
         cutoffs=_cutoff_rows(analysis),
         words=WORDS,
         gate_reason=analysis.gate_reason if analysis.gate is None else "",

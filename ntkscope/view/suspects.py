@@ -189,16 +189,27 @@ def auroc_sentence(analysis: AnalysisLike) -> str:
     own = scores[chosen]
     others = {name: value for name, value in scores.items() if name != chosen and math.isfinite(value)}
     text = (
-        f"Some labels were planted wrong on purpose: {chosen.replace('_', ' ')} ranks a wrong one above a right one in "
+        f"Some labels were planted wrong on purpose: {title(chosen)} ranks a wrong one above a right one in "
         f"{percent(own)} of pairs (AUROC {own:.2f}; chance is 0.50)"
     )
     if not others:
         return text + "."
     best = max(others, key=lambda name: others[name])
-    title = next((score.title for score in SCORES if score.name == best), best.replace("_", " "))
     gap = round(others[best], 2) - round(own, 2)
     relation = "does better here" if gap > 0 else "does worse" if gap < 0 else "does as well"
-    return f"{text}. The best other score, {title}, {relation}: {others[best]:.2f}."
+    return f"{text}. The best other score, {title(best)}, {relation}: {others[best]:.2f}."
+
+
+def title(name: str) -> str:
+    """Name a score for people.
+
+    Args:
+        name: Of the score.
+
+    Returns:
+        Its column head.
+    """
+    return next(score.title for score in SCORES if score.name == name)
 
 
 def found_among(analysis: AnalysisLike, count: int) -> tuple[int, int] | None:
