@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import sys
 
 import pytest
@@ -10,7 +11,10 @@ from compare import assert_close
 from torch import nn
 
 import ntkscope
+from ntkscope import findings
 from ntkscope._losses import NAMED_LOSSES
+from ntkscope.dynamics.diffusion import measure_diffusion
+from ntkscope.dynamics.drift import centered_alignment
 from ntkscope.experiments.demo import train_demo
 
 
@@ -66,6 +70,13 @@ def test_cells_add_up_to_the_predicted_motion(found):
     assert_close(total, found.transfer.predicted.flatten(), 1e-8)
     assert not cells.is_estimate
     assert cells.norms["signal_clean"] > cells.norms["reservoir_noise"]
+
+
+def test_the_noise_cells_are_what_the_planted_labels_cause():
+    trace = trained("squared").trace
+    found = ntkscope.analyze(trace)
+    wrong = (trace.probe["clean_targets"] - trace.probe["targets"]).flatten() / 24  # g_noise of ½‖u − y‖², mean over 24 examples
+    assert_close(found.cells.signal_noise + found.cells.reservoir_noise, -found.dissipation.transfer @ wrong, 1e-8)
 
 
 def test_unknown_noise_gives_estimates_that_add_up_too():
@@ -162,6 +173,36 @@ def test_minibatch_noise_diffuses_and_full_batches_do_not():
     full = ntkscope.analyze(trained(lr=0.05, steps=200, every_step=True), window=(0, 200)).diffusion
     assert float(full.signal_to_noise_step[0]) > 10 * float(diffusion.signal_to_noise_step[0])
     assert found.summary()["diffusion"]["sampler"]["name"] == diffusion.sampler.name
+
+
+def test_mean_and_centered_motion_are_the_whole_motion(monkeypatch):
+    """Read in B^{+½} coordinates along the leading directions; nothing is lost or counted twice."""
+    seen = {}
+
+    def capture(mean, centered, elapsed, **options):
+        seen.update(mean=mean, centered=centered, elapsed=elapsed)
+        return measure_diffusion(mean, centered, elapsed, **options)
+
+    monkeypatch.setattr(findings, "measure_diffusion", capture)
+    trace = trained(lr=0.01, steps=100, every_step=True).trace
+    found = ntkscope.analyze(trace, window=(0, 100))
+    leading = (found.spectrum.eigvals * found.spectrum.residual_energy).argsort(descending=True)[:5]
+    axes = found.spectrum.eigvecs[:, leading]
+    axes = axes * (axes.T @ found.spectrum.residual).sign()  # each towards its residual
+    motion = axes.T @ (trace[-1].outputs - trace[0].outputs).flatten() / 24**0.5  # B = I / n
+    assert_close((seen["mean"] + seen["centered"]).sum(dim=0), motion, 1e-8)
+    assert_close(seen["mean"].sum(dim=0), motion, 0.02)  # full batches, small steps: nearly all of it
+    assert float(seen["elapsed"].sum()) == pytest.approx(1.0)
+
+
+def test_alignment_is_that_of_centered_kernels():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (half @ half.T for half in torch.randn(2, 6, 4, generator=generator, dtype=torch.float64))
+    center = torch.eye(6, dtype=torch.float64) - 1 / 6
+    a, b = center @ first @ center, center @ second @ center
+    assert centered_alignment(first, second) == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())))
+    assert centered_alignment(first, 3 * first + 2) == pytest.approx(1.0)
+    assert math.isnan(centered_alignment(first, torch.ones(6, 6, dtype=torch.float64)))
 
 
 def test_without_steps_or_query_the_reason_is_given():

@@ -1,7 +1,9 @@
 """The study of analytic jumps on real runs."""
 
+import numpy as np
 import pytest
 import torch
+from test_course import synthetic_trace
 from test_findings import trained
 
 import ntkscope
@@ -19,6 +21,13 @@ def test_a_study_of_a_real_run():
     reach = study.reach(0.1)
     assert reach[0] > 0
     assert study.reach(0.0)[0] == 0
+
+
+def test_a_kernel_that_goes_on_as_it_went_is_extrapolated():
+    trace, _ = synthetic_trace(np.linspace(0.0, 1.0, 17))  # a kernel that turns steadily
+    for jump in ntkscope.jump_study(trace, num_starts=4).jumps[1:]:
+        assert float(jump.extrapolated[0]) < 0.3 * float(jump.frozen[0])
+        assert float(jump.extrapolated_query[0]) < 0.3 * float(jump.frozen_query[0])
 
 
 def test_a_linear_model_can_be_skipped():

@@ -154,6 +154,15 @@ def test_a_run_too_fast_for_any_placement_says_so():
     assert trace.steps == list(range(9))
 
 
+def test_a_record_grows_with_the_logarithm_of_the_run():
+    """A tolerance that nothing can meet asks for every step; spacing is a twentieth of the steps so far all the same."""
+    steps = record(lambda m: SGD(m.parameters(), lr=1.5), 150, schedule="log", tolerance=1e-6, drift=1e-6).trace.steps
+    planned = steps[:-1]  # the last was asked for by `trace`
+    assert all(b - a >= a // 20 for a, b in itertools.pairwise(planned))
+    assert planned[:21] == list(range(21))
+    assert len(steps) < 75  # of 150
+
+
 class FakeClock:
     def __init__(self):
         self.time = 0.0

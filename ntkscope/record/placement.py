@@ -31,7 +31,8 @@ class Placement:
         self.schedule: Schedule = schedule
         self.tolerance = tolerance if schedule == "log" else None
         self.due: int | None = None
-        self.check_every = 1
+        self._check_every = 1
+        self._checked_from = 0
         self.num_put_off = 0
         self.num_coarse = 0  # pairs of intervals of one step each whose error is above the tolerance
         self.largest_error = 0.0  # of those intervals and of those that were made longer by putting a snapshot off
@@ -51,6 +52,17 @@ class Placement:
             Whether its time has come, or is past.
         """
         return self.due is not None and step >= self.due
+
+    def is_checked(self, step: int) -> bool:
+        """Say whether to look if the kernel has moved by more than was planned for.
+
+        Args:
+            step: Now.
+
+        Returns:
+            True a few times in every interval, at equal distances from its beginning.
+        """
+        return (step - self._checked_from) % self._check_every == 0
 
     def put_off(self) -> None:
         """Note that the planned snapshot cannot be afforded now; counted once for each that was planned."""
@@ -148,7 +160,8 @@ class Placement:
     def _plan_checks(self, step: int) -> None:
         """Choose how often to look whether the kernel has moved by more than planned for."""
         floor = 1 if self.tolerance is None else max(1, step // DENSEST)
-        self.check_every = 1 if self.due is None else max(floor, (self.due - step) // DRIFT_CHECKS)
+        self._check_every = 1 if self.due is None else max(floor, (self.due - step) // DRIFT_CHECKS)
+        self._checked_from = step
 
     def _describe(self) -> str:
         """Name the rule, so that a plan made by another one is not followed."""

@@ -267,7 +267,7 @@ class Recorder:
                 return True
             placement.put_off()
             return False
-        if self.drift is None or step % placement.check_every or not (allowance.permits("snapshot") and allowance.permits("drift")):
+        if self.drift is None or not placement.is_checked(step) or not (allowance.permits("snapshot") and allowance.permits("drift")):
             return False
         return self._moved() > self.drift
 
