@@ -99,6 +99,22 @@ def test_gate_of_is_what_the_step_applied():
         state = optimizer.state[weight]
         m_hat = state["exp_avg"] / (1 - 0.9 ** int(state["step"]))
         assert_close(before - weight.detach(), 1e-2 * optimizer.gate_of(weight) * optimizer.preconditioner_of(weight) * m_hat)
+        assert_close(optimizer.mean_gradient_of(weight), m_hat)
+
+
+@pytest.mark.parametrize("center", ["paper", "corrected"])
+def test_gate_is_made_of_the_mean_and_variance_it_reports(center):
+    weight = nn.Parameter(torch.zeros(50, dtype=torch.float64))
+    optimizer = GatedAdamW([weight], alpha="unbiased", center=center)
+    assert not optimizer.variance_of(weight).any()
+    assert not optimizer.mean_gradient_of(weight).any()
+    torch.manual_seed(0)
+    for step in range(5):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        made = ntkscope.gate_values(optimizer.mean_gradient_of(weight), optimizer.variance_of(weight), kind="soft", alpha=1 / 19)
+        if step:
+            assert_close(optimizer.gate_of(weight), made)
 
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "file"])

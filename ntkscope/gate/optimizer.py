@@ -164,6 +164,41 @@ class GatedAdamW(Optimizer):
         correction = 1 - group["betas"][1] ** int(state["step"])
         return 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
 
+    def mean_gradient_of(self, parameter: Tensor) -> Tensor:
+        """Compute m̂, the bias-corrected mean gradient of the last step.
+
+        Args:
+            parameter: One of the optimizer's.
+
+        Returns:
+            m̂, shaped as the parameter; zeros before its first step.
+
+        Raises:
+            InputError: If the optimizer does not hold the parameter.
+        """
+        group, state = self._group_of(parameter), self.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter)
+        return state["exp_avg"] / (1 - group["betas"][0] ** int(state["step"]))
+
+    def variance_of(self, parameter: Tensor) -> Tensor:
+        """Compute ŝ, the bias-corrected variance that the gate of the last step used.
+
+        Args:
+            parameter: One of the optimizer's.
+
+        Returns:
+            ŝ, shaped as the parameter; zeros before its first step.
+
+        Raises:
+            InputError: If the optimizer does not hold the parameter.
+        """
+        group, state = self._group_of(parameter), self.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter)
+        samples = int(state["step"]) - (group["center"] == "corrected")
+        return state["grad_var"] / (1 - group["rho"] ** samples) if samples else state["grad_var"].clone()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; averages keep the precision they were saved in (torch would cast them to a half-precision parameter's).
 

@@ -221,7 +221,7 @@ def blockwise_grams(
             # Data-dependent models: what the probe learned on two examples does not hold for all, so autograd takes over.
             if not routes.ruled:
                 raise
-            routes, coverage = routes.left_to_autograd(), _as_rows(coverage, routes)
+            routes, coverage = routes.left_to_autograd(), as_rows(coverage, routes)
     return totals
 
 
@@ -307,8 +307,16 @@ class _Jacobians:
         return compute_jacobian(self._model, take(batch, examples), self._routes, num_parts=num_parts)
 
 
-def _as_rows(coverage: Coverage, routes: Routes) -> Coverage:
-    """Say what an example's Jacobian takes when autograd differentiates every output: a row of all parameters each."""
+def as_rows(coverage: Coverage, routes: Routes) -> Coverage:
+    """Say what an example's Jacobian takes when autograd differentiates every output: a row of all parameters each.
+
+    Args:
+        coverage: From `probe_routes`.
+        routes: From `probe_routes`.
+
+    Returns:
+        New coverage.
+    """
     num_params = sum(parameter.numel() for parameter in routes.parameters.values())
     return replace(coverage, bytes_per_example=coverage.num_classes * num_params * torch.finfo(routes.dtype).bits // 8)
 
@@ -339,7 +347,7 @@ def push_forward(
     except UnlikeProbe:
         if not routes.ruled:
             raise
-        alone, coverage = routes.left_to_autograd(), _as_rows(coverage, routes)
+        alone, coverage = routes.left_to_autograd(), as_rows(coverage, routes)
         return push_forward(model, inputs, tangents, routes=alone, coverage=coverage, budget=budget)
 
 

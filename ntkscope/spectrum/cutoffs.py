@@ -158,6 +158,17 @@ def risk_moments(
     Returns:
         Squared mean and variance (with 1/n), summed over columns.
     """
-    projected = torch.tensordot(eigvecs.T, example_motions, dims=1)  # [modes, examples, *columns]
-    mean, variance = projected.mean(dim=1), projected.var(dim=1, correction=0)
+    return moments_over_examples(torch.tensordot(eigvecs.T, example_motions, dims=1))
+
+
+def moments_over_examples(motions: Float[Tensor, "modes examples ..."]) -> tuple[Float[Tensor, " modes"], Float[Tensor, " modes"]]:
+    """Compute squared mean and variance over examples.
+
+    Args:
+        motions: Motion along every direction that each example's gradient causes, times n.
+
+    Returns:
+        Squared mean and variance (with 1/n), summed over columns.
+    """
+    mean, variance = motions.mean(dim=1), motions.var(dim=1, correction=0)
     return squared_rows(mean), variance.reshape(len(variance), -1).sum(dim=1)

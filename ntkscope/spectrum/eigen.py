@@ -97,9 +97,7 @@ def dissipation_spectrum(
         tied = eigvecs[:, :num_tied]
         eigvecs = torch.cat([tied @ eigh(tied.T @ tie_breaker @ tied, device=device)[1], eigvecs[:, num_tied:]], dim=1)
     eigvals = eigvals.clamp(min=0.0)  # W is positive semidefinite by construction; what is below zero is rounding
-    rotated = whitening.gradient(state.propagator)  # B^{†½} P, then P B^½ as motions of its rows
-    propagator = whitening.motion(rotated.T.contiguous()).T
-    singular = torch.linalg.svdvals(propagator)
+    singular = torch.linalg.svdvals(whitened_propagator(state, whitening))
     log_dissipation = -singular.clamp(min=torch.finfo(torch.float64).tiny).log()
     total, largest = float(eigvals.sum()), float(eigvals[0])
     shares = eigvals / total if total > 0 else eigvals
@@ -140,3 +138,17 @@ def whitened_gramian(state: Dissipation, whitening: Whitening) -> Float[Tensor, 
     """
     half = whitening.motion(state.gramian)  # [modes, outputs]
     return 2 * whitening.motion(half.T.contiguous())
+
+
+def whitened_propagator(state: Dissipation, whitening: Whitening) -> Float[Tensor, "modes modes"]:
+    """Compute P̃ = B_s^{†½} P B_s^½ on R.
+
+    Args:
+        state: Operators of the window.
+        whitening: Of B_s.
+
+    Returns:
+        Not symmetric: rows belong to the window's end, columns to its start.
+    """
+    rotated = whitening.gradient(state.propagator)  # B^{†½} P, then P B^½ as motions of its rows
+    return whitening.motion(rotated.T.contiguous()).T
