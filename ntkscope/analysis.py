@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ntkscope._checks import InputError, check_choice, check_device
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import LossFn
+from ntkscope.auditing import AuditedModel, ChannelKeeper, audit_run, audited_positions
 from ntkscope.course import Course
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Circumstances, Closure, measure_closure
@@ -32,12 +33,15 @@ from ntkscope.findings import (
     target_kernel,
     transfer_of,
 )
+from ntkscope.gate.audit_options import AuditOptions
+from ntkscope.kernel.batch import to_device
+from ntkscope.record.probe import hash_of
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.rescale import rescaled
-from ntkscope.record.source import open_source
+from ntkscope.record.source import find_trace, open_source
 from ntkscope.record.trace import Trace
 from ntkscope.record.trajectory import trace_from_checkpoints
-from ntkscope.results import Analysis, RunInfo, Window
+from ntkscope.results import Analysis, GateStats, RunInfo, Window
 from ntkscope.spectrum.cells import four_cells
 from ntkscope.spectrum.channels import split_channels
 from ntkscope.spectrum.cutoffs import ALWAYS_SHOWN, Cutoff, apply_cutoff, parse_rule
@@ -64,6 +68,7 @@ def analyze(
     window: tuple[int, int] | None = None,
     jackknife: int | None = None,
     rescale_time: bool = False,
+    audit: AuditOptions | bool = True,
     device: torch.device | str | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -73,8 +78,10 @@ def analyze(
     Args:
         source: A checkpoint that holds a recorder's state, a trace folder, a `Trace`, a `Recorder`, or (with `model`, `data` and `loss`)
             two or more bare checkpoints of one run.
-        model: For bare checkpoints: a model of the same architecture.
-        data: For bare checkpoints: inputs and targets of training examples to follow.
+        model: For bare checkpoints: a model of the same architecture. For a record with audit data: the model that was trained, for the
+            audit of the gate (a `Recorder` has it).
+        data: For bare checkpoints: inputs and targets of training examples to follow. For a record with audit data: the probe, where its
+            inputs are not one tensor.
         query: For bare checkpoints: inputs and targets held out.
         loss: The loss of the run. A record knows it, unless it was a callable and the frozen-kernel baseline is wanted.
         times: For bare checkpoints: optimizer time of each; else stored step times stored learning rate.
@@ -88,6 +95,8 @@ def analyze(
             analysis of 500 outputs.
         rescale_time: Stretch optimizer time by the measured size of the gradients that the optimizer received, where gradient clipping or a
             loss of another scale made it differ from that of the loss on the probe.
+        audit: How to audit the gate, or a gate on a run without one; True for the default, False for no audit. It is run where the record
+            holds audit data (`Recorder(audit=True)`) and the model is at hand.
         device: Where to decompose matrices, for example "cuda"; the CPU if not given.
         max_memory: Bytes; a job that needs more is refused before it starts. No limit if not given.
         progress: Called with (snapshots done, snapshots in all).
@@ -105,9 +114,14 @@ def analyze(
     if isinstance(loss, str):
         check_choice("loss", loss, NAMED_LOSSES)
     check_device(device)
+    found = None
     if isinstance(source, Trace | Recorder) or (model is None and data is None):
-        trace = trace_of(source)
-    elif model is None or data is None or loss is None:
+        found = trace_of(source)
+    elif not isinstance(source, Trace | Recorder):
+        found = find_trace(source)
+    if found is not None:
+        trace = found
+    elif model is None or data is None or loss is None or isinstance(source, Trace | Recorder):
         raise InputError("Bare checkpoints need all of `model`, `data` and `loss` (--model, --data, --loss).")
     else:
         paths = [source] if isinstance(source, str | Path) else source
@@ -126,7 +140,17 @@ def analyze(
         start = settled_start(trace)
     bound = loss_of(trace, loss, trace[start].outputs)
     course = Course(trace, start, stop, loss=bound)
-    walk = walk_trajectory(course, target_kernel=target_kernel(trace), device=device, progress=progress)
+    options = (AuditOptions() if audit else None) if isinstance(audit, bool) else audit
+    audited, audit_reason = _audited_model(source, trace, model, data, options, start)
+    keeper = None
+    if options is not None and audited is not None:
+        keeper = ChannelKeeper(audited_positions(trace, start, options.num_steps), cutoff)
+    walk = walk_trajectory(
+        course, target_kernel=target_kernel(trace), device=device, progress=progress, visit=None if keeper is None else keeper.visit
+    )
+    gate_audit = None
+    if keeper is not None and options is not None and audited is not None:
+        gate_audit = audit_run(trace, keeper, audited, options, loss=bound, max_memory=max_memory, progress=progress)
     end = (
         default_stop(walk, trace.steps[start])
         if window is None
@@ -140,7 +164,39 @@ def analyze(
     if jackknife is not None:
         shorter = Course(trace, start, start + end.index, loss=bound)
         uncertainty = estimate_uncertainty(shorter, cutoff=cutoff, num_groups=jackknife, device=device, progress=progress)
-    return _conclude(trace, walk, end, state, summed, cutoff=cutoff, bound=bound, start=start, uncertainty=uncertainty, device=device)
+    return _conclude(
+        trace,
+        walk,
+        end,
+        state,
+        summed,
+        cutoff=cutoff,
+        bound=bound,
+        start=start,
+        uncertainty=uncertainty,
+        gate=gate_of(walk, trace, gate_audit, audit_reason),
+        device=device,
+    )
+
+
+def _audited_model(
+    source: object, trace: Trace, model: nn.Module | None, data: tuple[Any, Tensor] | None, options: AuditOptions | None, start: int
+) -> tuple[AuditedModel | None, str]:
+    """Find the model and the probe's inputs for an audit, or say why there is none."""
+    if options is None:
+        return None, "no audit was asked for"
+    if not audited_positions(trace, start, 1):
+        return None, "no step was recorded for an audit: Recorder(audit=True)"
+    if isinstance(source, Recorder):
+        return AuditedModel(source.model, source.probe.inputs, source.probe.forward_fn), ""
+    if model is None:
+        return None, "an audit needs the model that was trained: model= (--model SPEC)"
+    inputs = trace.probe.get("inputs") if data is None else data[0]
+    if inputs is None:
+        return None, "an audit needs the probe: data= (--data SPEC)"
+    if data is not None and hash_of(*data) != trace.facts.probe_hash:
+        raise InputError("`data` is not the probe of this record (inputs or targets differ). Give what the recorder was given.")
+    return AuditedModel(model, to_device(inputs, next(model.parameters()).device), None), ""
 
 
 def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
@@ -180,6 +236,7 @@ def _conclude(
     bound: ProbeLoss | None,
     start: int,
     uncertainty: Uncertainty | None,
+    gate: tuple[GateStats | None, str],
     device: torch.device | str | None,
 ) -> Analysis:
     """Draw the conclusions at the window's end."""
@@ -197,7 +254,6 @@ def _conclude(
     transfer, transfer_reason = transfer_of(walk, rows, state, trace, bound)
     regime = _regime(transfer, transfer_reason)
     stability = max((row.stability for row in rows[1:]), default=math.nan)
-    gate, gate_reason = gate_of(walk, trace)
     history = history_of(walk, spectrum)
     examples = examples_of(trace, spectrum, channels, rows, history, abstains=abstention(closure, stability))
     diffusion, diffusion_reason = diffusion_of(walk, end.index, spectrum, bound)
@@ -244,8 +300,8 @@ def _conclude(
         diffusion=diffusion,
         diffusion_reason=diffusion_reason,
         agreement=agreement,
-        gate=gate,
-        gate_reason=gate_reason,
+        gate=gate[0],
+        gate_reason=gate[1],
         examples=examples,
         history=history,
         warnings=_warnings(trace, closure, chosen, stability),

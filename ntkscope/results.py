@@ -18,6 +18,7 @@ from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
 from ntkscope.dynamics.transfer import Transfer
+from ntkscope.gate.verdict import GateAudit
 from ntkscope.spectrum.cells import CELLS, Cells
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
@@ -117,19 +118,23 @@ class History(Displayed):
 
 @dataclass(frozen=True)
 class GateStats(Displayed):
-    """How open the gate was at the snapshots of a gated run.
+    """How open the gate was at the snapshots of a gated run, or would have been at the audited ones of a run without a gate.
 
     Attributes:
         kind: "soft", "hard", "snr" or "open".
         steps: Steps of the snapshots.
         open_share: Share of parameters with q > ½.
         by_parameter: The same for each parameter tensor.
+        audit: The gate's decisions against the spectral cutoff; None without audit data and a model.
+        audit_reason: Why there is none.
     """
 
     kind: str
     steps: list[int]
     open_share: Float[Tensor, " snapshots"]
     by_parameter: dict[str, Tensor]
+    audit: GateAudit | None = None
+    audit_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Analysis(Displayed):
         diffusion: Drift and diffusion along leading directions; None where outputs were not followed at every step.
         diffusion_reason: Why there is none.
         agreement: Gradients that the optimizer received against those of the loss on the probe; None where no step was audited.
-        gate: Gate statistics; None without a gate.
+        gate: Gate statistics and audit; None for a run without a gate that was not audited.
         gate_reason: Why there are none.
         examples: One row per example.
         history: One row per snapshot.

@@ -1,8 +1,11 @@
 """Tables of an analysis: one row per example, one per snapshot, and the gate's statistics."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from ntkscope.gate.verdict import GateAudit
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace
 from ntkscope.results import GateStats, History
@@ -14,18 +17,28 @@ from ntkscope.walk import Row, Walk
 NUM_LEADING = 3  # axes of the 3D view
 
 
-def gate_of(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
-    """Collect how open the gate was.
+def gate_of(walk: Walk, trace: Trace, audit: GateAudit | None, reason: str) -> tuple[GateStats | None, str]:
+    """Collect how open the gate was, and what its audit found.
 
     Args:
         walk: The trajectory.
         trace: The record.
+        audit: The audit.
+        reason: Why there is none.
 
     Returns:
         Statistics, or None and the reason.
     """
+    if audit is not None and audit.is_counterfactual:
+        steps = audit.steps
+        opened = {
+            name: torch.tensor([step.layers[name].open_share if name in step.layers else math.nan for step in steps]).double()
+            for name in trace.facts.parameters
+        }
+        shares = torch.tensor([step.open_share for step in steps], dtype=torch.float64)
+        return GateStats(audit.kind, [step.step for step in steps], shares, opened, audit), ""
     if trace.facts.gate is None:
-        return None, f"{trace.facts.optimizer.partition('(')[0]} has no gate"
+        return None, f"{trace.facts.optimizer.partition('(')[0]} has no gate, and {reason}"
     shares = [(row.snapshot.step, row.snapshot.gate_open) for row in walk.history]
     known = [(step, share) for step, share in shares if share is not None]
     if not known:
@@ -34,7 +47,7 @@ def gate_of(walk: Walk, trace: Trace) -> tuple[GateStats | None, str]:
     sizes = torch.tensor(trace.facts.parameter_sizes, dtype=torch.float64)
     overall = (table * sizes).sum(dim=1) / sizes.sum()
     by_parameter = {name: table[:, k].contiguous() for k, name in enumerate(trace.facts.parameters)}
-    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter), ""
+    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter, audit, reason), ""
 
 
 def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History, *, abstains: str) -> Examples:

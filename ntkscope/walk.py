@@ -81,8 +81,21 @@ def walk_trajectory(
     target_kernel: Float[Tensor, "examples examples"] | None,
     device: torch.device | str | None,
     progress: Progress | None,
+    visit: Callable[[int, Dissipation, Walk], None] | None = None,
 ) -> Walk:
-    """Accumulate the operators over all intervals, keeping a row of history for every snapshot."""
+    """Accumulate the operators over all intervals, keeping a row of history for every snapshot.
+
+    Args:
+        course: The trace, and from where to where.
+        target_kernel: y yᵀ.
+        device: Where to decompose.
+        progress: Called with (intervals done, intervals in all).
+        visit: Called at every snapshot but the first, with its index in the trace, the operators of the window that ends there and the
+            walk so far.
+
+    Returns:
+        The walk.
+    """
     first = course.moment(course.start)
     num_examples, num_classes = first.snapshot.outputs.shape
     whitening = whiten(course.form.blocks(first.snapshot.hessian))
@@ -102,6 +115,8 @@ def walk_trajectory(
         row = walk.history[-1]
         if float((row.eigvals > DISSIPATED).double().mean()) <= SATURATED and row.gradient_error <= GRADIENT_LIMIT:
             walk.kept, walk.kept_summed, walk.kept_index = state, walk.summed, len(walk.history) - 1
+        if visit is not None:
+            visit(course.start + position + 1, state, walk)
         if progress is not None:
             progress(position + 1, course.stop - course.start)
     return walk

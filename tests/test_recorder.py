@@ -381,5 +381,5 @@ def test_a_trace_folder_is_never_overwritten(tmp_path):
 def test_manifest_is_plain_json(tmp_path):
     record("sgd", path=tmp_path / "trace")
     manifest = json.loads((tmp_path / "trace" / "manifest.json").read_text())
-    assert manifest["schema"] == "ntkscope.trace/2"
+    assert manifest["schema"] == "ntkscope.trace/3"
     assert manifest["facts"]["num_examples"] == 6

@@ -82,7 +82,7 @@ def test_a_state_of_schema_1_still_loads():
     assert resumed.trace.steps[-1] == 15
     assert resumed.trace[-1].query_linearized is None
     with pytest.raises(ntkscope.InputError, match=r"fields missing \[.*'notes'"):
-        trace_from_state({**old, "schema": "ntkscope.trace/2"}, "a damaged state")
+        trace_from_state({**old, "schema": "ntkscope.trace/3"}, "a damaged state")
 
 
 def test_a_folder_of_schema_1_still_loads(tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
+import scipy  # its subpackages load when first used
 import torch
 from jaxtyping import Float
 from torch import Tensor

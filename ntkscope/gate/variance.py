@@ -14,7 +14,7 @@ Multiplied by 2/(1+β₁) each can take the place of ŝ in the gate.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -210,6 +210,34 @@ class StreamingMoments:
         """
         samples = self._step if self.center == "paper" else self._step - 1
         return {name: total / (1 - self.rho**samples) if samples > 0 else total.clone() for name, total in self._grad_var.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Turn into plain containers and tensors.
+
+        Returns:
+            The state.
+        """
+        options = {"beta1": self.beta1, "rho": self.rho, "center": self.center}
+        return options | {"step": self._step, "exp_avg": dict(self._exp_avg), "grad_var": dict(self._grad_var)}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> "StreamingMoments":
+        """Go on from a saved state.
+
+        Args:
+            state: From `state_dict`.
+
+        Returns:
+            Averages that continue.
+
+        Raises:
+            KeyError: If a field is missing.
+        """
+        averages = StreamingMoments(beta1=state["beta1"], rho=state["rho"], center=state["center"])
+        averages._step = int(state["step"])
+        averages._exp_avg = {name: value.clone() for name, value in state["exp_avg"].items()}
+        averages._grad_var = {name: value.clone() for name, value in state["grad_var"].items()}
+        return averages
 
     def variance(self) -> dict[str, Float[Tensor, "..."]]:
         """Estimate the variance of the batch-mean gradient, as `exact_variance` does.

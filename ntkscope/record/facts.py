@@ -7,10 +7,13 @@ from typing import Any
 from ntkscope._checks import InputError
 from ntkscope.record.fields import check_fields
 
-SCHEMA = "ntkscope.trace/2"
-OLD_SCHEMAS = ("ntkscope.trace/1",)
-# What came with schema 2, and what a record of schema 1 means by its absence.
-NEW_FACTS: dict[str, Any] = {"outputs": "full", "training_size": None, "steps_per_epoch": None, "notes": [], "kinked": []}
+SCHEMA = "ntkscope.trace/3"
+OLD_SCHEMAS = ("ntkscope.trace/1", "ntkscope.trace/2")
+# What came with schemas 2 and 3, and what an older record means by its absence.
+NEW_FACTS: dict[str, Any] = {
+    **{"outputs": "full", "training_size": None, "steps_per_epoch": None, "notes": [], "kinked": []},
+    **{"beta1": 0.9, "alpha": None, "lambda_pop": None},
+}
 KERNEL_FORMS = ("full", "trace")
 
 
@@ -38,6 +41,9 @@ class RunFacts:
         training_size: Examples in the whole training set, where the probe is a random subset of it.
         steps_per_epoch: Optimizer steps that pass over the training set once.
         notes: Sentences that a reader must know, for example that the time allowed for recording was too short for the tolerance.
+        beta1: Decay β₁ of the mean gradient that gates look at, of the first group; 0.9 where the optimizer keeps none.
+        alpha: α of the first group's gate, a number; None without a gate.
+        lambda_pop: λ of the first group's gate; None without a gate.
         kinked: Operations with kinks (relu, max_pool2d) in the model's forward pass: kernels jump where a value crosses one.
     """
 
@@ -61,6 +67,9 @@ class RunFacts:
     steps_per_epoch: int | None = None
     notes: list[str] = field(default_factory=list)
     kinked: list[str] = field(default_factory=list)
+    beta1: float = 0.9
+    alpha: float | None = None
+    lambda_pop: float | None = None
 
 
 def stop_early(facts: RunFacts, reason: str) -> RunFacts:

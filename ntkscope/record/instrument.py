@@ -72,7 +72,7 @@ class Instrument:
             K, which moves as the whole kernel does.
         """
         with undisturbed(self.model):
-            return self._kernel(self._mechanics(clock).precond, self.probe.few)
+            return self._kernel(self.mechanics(clock).precond, self.probe.few)
 
     def snapshot(
         self,
@@ -100,7 +100,7 @@ class Instrument:
         Raises:
             InputError: If outputs or kernel are not finite.
         """
-        probe, state = self.probe, self._mechanics(clock)
+        probe, state = self.probe, self.mechanics(clock)
         stored = self.outputs() if outputs is None else outputs
         if not bool(torch.isfinite(stored).all()):
             raise InputError("the outputs on the probe are not finite: the run has diverged. Lower the learning rate.")
@@ -141,8 +141,15 @@ class Instrument:
         device = next(iter(self.routes.parameters.values())).device
         return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
-    def _mechanics(self, clock: optimizers.Clock) -> optimizers.Mechanics:
-        """Read M and weight decay at the weights the model has now."""
+    def mechanics(self, clock: optimizers.Clock) -> optimizers.Mechanics:
+        """Read M, gate and weight decay at the weights the model has now.
+
+        Args:
+            clock: After the last step.
+
+        Returns:
+            What the optimizer applies.
+        """
         parameters = self.routes.parameters
         return optimizers.mechanics(self.optimizer, parameters, clock, at=dict(parameters), precond=self.precond)
 

@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ntkscope._checks import InputError
 from ntkscope.kernel.model import kinked_kinds, train_only_kinds
 from ntkscope.record import optimizers
+from ntkscope.record.audit import mean_decay
 from ntkscope.record.facts import RunFacts
 from ntkscope.record.files import TraceWriter
 from ntkscope.record.instrument import Instrument
-from ntkscope.record.probe import ProbeSet
 from ntkscope.record.trace import Trace, load_trace
 
 
@@ -45,15 +46,18 @@ def describe_run(instrument: Instrument, *, training_size: int | None, steps_per
         outputs=instrument.form,
         training_size=training_size,
         steps_per_epoch=steps_per_epoch,
+        beta1=mean_decay(optimizer),
+        alpha=optimizers.gate_alpha(optimizer),
+        lambda_pop=float(optimizer.param_groups[0]["lambda_pop"]) if isinstance(optimizer, optimizers.GatedAdamW) else None,
     )
 
 
-def open_trace(facts: RunFacts, probe: ProbeSet, resumed: Trace | None, writer: TraceWriter | None, step: int) -> Trace:
+def open_trace(facts: RunFacts, probe: dict[str, Tensor], resumed: Trace | None, writer: TraceWriter | None, step: int) -> Trace:
     """Begin a trace, or go on with one; on disk as well.
 
     Args:
         facts: Of the run.
-        probe: The probe set.
+        probe: What is kept of the probe set.
         resumed: What was recorded before, if anything.
         writer: Of the trace folder; None in memory.
         step: Optimizer steps so far: what the folder holds beyond it is dropped.
@@ -70,13 +74,13 @@ def open_trace(facts: RunFacts, probe: ProbeSet, resumed: Trace | None, writer: 
                 f"{writer.folder} holds a trace already. Choose another path, or resume it with load_state_dict() before attach()."
             )
         if writer is not None:
-            writer.begin(facts, probe.tensors())
-        return Trace(facts, probe.tensors(), "recorder" if writer is None else str(writer.folder))
+            writer.begin(facts, probe)
+        return Trace(facts, probe, "recorder" if writer is None else str(writer.folder))
     if (resumed.facts.parameters, resumed.facts.precond) != (facts.parameters, facts.precond):
         raise InputError("The state was recorded with another model or optimizer. Resume with the same ones, or start a new trace.")
     resumed.facts = replace(facts, stopped=resumed.facts.stopped, notes=resumed.facts.notes)
     if writer is not None:
-        writer.begin(resumed.facts, probe.tensors())
+        writer.begin(resumed.facts, probe)
         writer.forget_after(step)
         on_disk = load_trace(writer.folder).entries
         for snapshot in list(resumed):

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ntkscope._checks import UnsupportedError
 from ntkscope.gate.optimizer import GatedAdamW
+from ntkscope.gate.step import resolve_alpha
 
 PrecondFn = Callable[[Optimizer, nn.Parameter], Tensor | float]
 ADAMS = (Adam, AdamW, GatedAdamW)
@@ -73,6 +74,21 @@ def stability_edge(optimizer: Optimizer) -> float | None:
     if group["nesterov"]:
         return 2 * (1 + beta) / (1 + 2 * beta)
     return 2 * (1 + beta) / (1 - float(group["dampening"])) if beta else 2.0
+
+
+def gate_alpha(optimizer: Optimizer) -> float | None:
+    """Read the gate's α.
+
+    Args:
+        optimizer: The user's.
+
+    Returns:
+        α of the first group as a number; None without a gate.
+    """
+    if not isinstance(optimizer, GatedAdamW):
+        return None
+    group = optimizer.param_groups[0]
+    return resolve_alpha(group["alpha"], beta1=group["betas"][0], batch_size=group["batch_size"], dataset_size=group["dataset_size"])
 
 
 def momentum_lag(optimizer: Optimizer) -> float:
@@ -153,11 +169,15 @@ class Mechanics:
         precond: Diagonal of M, a tensor or one number.
         decay: Direction of weight decay, M⊙λ⊙w or λ⊙w; None where no group decays.
         gate_open: Share of open gates (q > ½) by parameter; None without a gate.
+        ungated: Diagonal of M⁰, without the gate.
+        gates: q; None without a gate.
     """
 
     precond: dict[str, Tensor | float]
     decay: dict[str, Tensor] | None
     gate_open: Tensor | None
+    ungated: dict[str, Tensor | float]
+    gates: dict[str, Tensor] | None
 
 
 def mechanics(
@@ -179,6 +199,8 @@ def mechanics(
     diagonal: dict[str, Tensor | float] = {}
     decay: dict[str, Tensor] = {}
     opened: dict[str, float] = {}
+    plain: dict[str, Tensor | float] = {}
+    gates: dict[str, Tensor] = {}
     for index, group in enumerate(optimizer.param_groups):
         share = clock.share(index)
         for parameter in group["params"]:
@@ -189,16 +211,18 @@ def mechanics(
             applied = ungated
             if isinstance(optimizer, GatedAdamW):
                 gate = optimizer.gate_of(parameter)
+                gates[name] = gate
                 opened[name] = float((gate > 0.5).double().mean())
                 applied = ungated * gate.to(dtype=torch.float32) if not isinstance(ungated, Tensor) else ungated * gate.to(ungated)
             diagonal[name] = applied * share
+            plain[name] = ungated * share
             strength = float(group.get("weight_decay", 0.0))
             if strength:
                 weight = at[name].detach()
                 decay[name] = strength * share * (weight * ungated if _is_coupled(optimizer, group) else weight)
     still = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if name not in decay}
-    gates = torch.tensor([opened[name] for name in parameters], dtype=torch.float64) if opened else None
-    return Mechanics(diagonal, decay | still if decay else None, gates)
+    shares = torch.tensor([opened[name] for name in parameters], dtype=torch.float64) if opened else None
+    return Mechanics(diagonal, decay | still if decay else None, shares, plain, gates or None)
 
 
 def was_skipped(optimizer: Optimizer) -> bool:

@@ -49,13 +49,18 @@ class ProbeSet:
     forward_fn: ForwardFn | None
     hash: str
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, *, with_inputs: bool = False) -> dict[str, Tensor]:
         """List what a trace keeps of the probe.
+
+        Args:
+            with_inputs: Whether to keep the inputs too, where they are one tensor.
 
         Returns:
             Targets by name, on the CPU.
         """
         kept = {"targets": self.targets, "clean_targets": self.clean_targets, "query_targets": self.query_targets}
+        if with_inputs and isinstance(self.inputs, Tensor):
+            kept["inputs"] = self.inputs
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
@@ -118,7 +123,7 @@ def make_probe(
         num_classes=outputs.shape[1],
         num_query=0 if query_targets is None else len(query_targets),
         forward_fn=forward_fn,
-        hash=_hash(inputs, targets),
+        hash=hash_of(inputs, targets),
     )
 
 
@@ -132,8 +137,16 @@ def _pair(name: str, value: object) -> tuple[Any, Tensor]:
     return value[0], value[1]
 
 
-def _hash(inputs: Any, targets: Tensor) -> str:
-    """Hash the content, so that a resumed run cannot mix probes."""
+def hash_of(inputs: Any, targets: Tensor) -> str:
+    """Hash the content, so that a resumed run cannot mix probes.
+
+    Args:
+        inputs: Of the probe.
+        targets: Of the probe.
+
+    Returns:
+        SHA-256.
+    """
     digest = hashlib.sha256()
     for tensor in [*batch_tensors(inputs), targets]:
         digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())

@@ -17,6 +17,7 @@ from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.coverage import probe_routes
 from ntkscope.record import optimizers
 from ntkscope.record.allowance import Allowance
+from ntkscope.record.audit import GateAudit
 from ntkscope.record.beginning import State, check_beginning, copy_state, weights_of
 from ntkscope.record.facts import KERNEL_FORMS, RunFacts, stop_early
 from ntkscope.record.fields import check_fields
@@ -56,6 +57,9 @@ class Recorder:
         drift: Take a snapshot between planned ones when the kernel has moved by more than this share since the last; None: never.
         outputs: "full", or "trace" for K_tr / C, one entry per pair of examples: C² times smaller, approximate (theory.md section 4).
         every_step: Keep the probe's outputs after every step, one forward pass each: needed for drift and diffusion.
+        audit: Keep what an audit of the gate needs, at snapshots that come half again as late as the one before: weights, mean gradient,
+            gradient variance and preconditioner. Optimizers without a gate are audited as if they had one; the recorder then keeps the
+            averages m and s of their gradients, two tensors of the model's size.
         training_size: Examples in the whole training set, where the probe is a random subset of it (see `stratified_subset`).
         steps_per_epoch: Optimizer steps that pass over the training set once.
         forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`.
@@ -81,6 +85,7 @@ class Recorder:
         drift: float | None = 0.3,
         outputs: str = "full",
         every_step: bool = False,
+        audit: bool = False,
         training_size: int | None = None,
         steps_per_epoch: int | None = None,
         forward_fn: ForwardFn | None = None,
@@ -109,6 +114,7 @@ class Recorder:
         self._placement = Placement(schedule, tolerance, self.probe.loss)
         self._following = Following()
         self._audit = GradientAudit()
+        self._gate_audit = GateAudit() if audit else None
         self._writer = None if path is None else TraceWriter(Path(path))
         self._clock = optimizers.Clock()
         self._instrument: Instrument | None = None
@@ -139,7 +145,8 @@ class Recorder:
             raise InputError("The optimizer holds no trained parameter of this model. Was the model copied or moved after it was made?")
         routes, coverage = probe_routes(self.model, self.probe.inputs, params=names, forward_fn=self.probe.forward_fn)
         instrument = Instrument(self.model, self.probe, optimizer, precond, routes, coverage, self.budget, self.outputs)
-        self._trace = open_trace(describe_run(instrument, **self._sizes), self.probe, self._trace, self._writer, self._clock.step)
+        kept = self.probe.tensors(with_inputs=self._gate_audit is not None)
+        self._trace = open_trace(describe_run(instrument, **self._sizes), kept, self._trace, self._writer, self._clock.step)
         self._instrument = instrument
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -164,7 +171,14 @@ class Recorder:
         Raises:
             InputError: If nothing is recorded yet.
         """
-        parts = {"clock": self._clock, "placement": self._placement, "allowance": self._allowance, "following": self._following}
+        parts: dict[str, Any] = {
+            "clock": self._clock,
+            "placement": self._placement,
+            "allowance": self._allowance,
+            "following": self._following,
+        }
+        if self._gate_audit is not None:
+            parts["gate_audit"] = self._gate_audit
         state = self.trace.state_dict() | {name: part.state_dict() for name, part in parts.items()}
         return state if self._beginning is None else state | {"beginning": dict(self._beginning)}
 
@@ -191,6 +205,8 @@ class Recorder:
                 self._allowance.load(state["allowance"])
                 self._following.load(state["following"])
             self._placement.load(state.get("placement"), trace)
+            if self._gate_audit is not None and "gate_audit" in state:
+                self._gate_audit.load(state["gate_audit"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(
                 f"The given state has no valid clock or plan ({error!r}); it is a trace, but no recorder's state_dict()."
@@ -205,6 +221,8 @@ class Recorder:
         with self._allowance.hook():
             if self._trace.facts.stopped or optimizers.was_skipped(optimizer):
                 return
+            if self._gate_audit is not None:
+                self._gate_audit.look(optimizer, self._attached.routes.parameters)
             is_first = not len(self._trace)
             if is_first:
                 self._beginning = copy_state(self.model)
@@ -289,6 +307,8 @@ class Recorder:
                     beginning=self._beginning,
                     extra=extra,
                 )
+                if self._gate_audit is not None and not at_start and (self._gate_audit.is_due(clock.step) or not is_planned):
+                    snapshot = replace(snapshot, **self._gate_audit.collect(instrument, clock, snapshot.gradient))
                 self._keep(snapshot, is_planned=is_planned, at_start=at_start)
             except UserError as error:
                 reason = f"Recording stopped at step {clock.step}: {error}"

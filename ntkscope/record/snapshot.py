@@ -43,6 +43,15 @@ class Snapshot:
         step_outputs: u after every step since the previous snapshot, the snapshot's own last; None if steps are not followed.
         step_times: τ there.
         probe_hash: SHA-256 of probe inputs and targets; None in old records.
+        audit_weights: Of an audited snapshot: the trained weights, side by side in the manifest's order. None in others.
+        audit_buffers: The model's floating-point buffers (running statistics), side by side, float64; None without any.
+        audit_mean: m̂ of the step that led here, float32; of the recorder's own averages where the optimizer has no gate.
+        audit_variance: ŝ, likewise.
+        audit_precond: M⁰, the learning rate's share of the group included, float32.
+        audit_gate: q that was applied, float32; None without a gate.
+        audit_decay: Squared norms of weight decay and of the whole step, without the learning rate, float64.
+        audit_risk: By parameter tensor: decrease of the population risk per unit of time on the probe, decrease of the training loss, and
+            the first from the streaming averages (theory.md section 6), float64.
     """
 
     step: int
@@ -65,6 +74,14 @@ class Snapshot:
     step_outputs: Float[Tensor, "steps examples classes"] | None = None
     step_times: Float[Tensor, " steps"] | None = None
     probe_hash: str | None = None
+    audit_weights: Float[Tensor, " entries"] | None = None
+    audit_buffers: Float[Tensor, " buffers"] | None = None
+    audit_mean: Float[Tensor, " entries"] | None = None
+    audit_variance: Float[Tensor, " entries"] | None = None
+    audit_precond: Float[Tensor, " entries"] | None = None
+    audit_gate: Float[Tensor, " entries"] | None = None
+    audit_decay: Float[Tensor, "2"] | None = None
+    audit_risk: Float[Tensor, "tensors 3"] | None = None
 
     @property
     def kernel_eps(self) -> float:
@@ -152,6 +169,11 @@ def _expected_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]
     size = num_examples * width
     expected["kernel_upper"] = (size * (size + 1) // 2,)
     expected["cross_kernel"] = (num_query * width, size)
+    weights, risk = tensors.get("audit_weights"), tensors.get("audit_risk")
+    num_entries = -1 if weights is None else weights.numel()
+    expected |= dict.fromkeys(("audit_weights", "audit_mean", "audit_variance", "audit_precond", "audit_gate"), (num_entries,))
+    expected["audit_decay"] = (2,)
+    expected["audit_risk"] = (len(risk) if risk is not None and risk.ndim else -1, 3)
     expected["gradient_audit"] = (len(audits) if audits is not None and audits.ndim else -1, 4)
     expected["step_times"] = (num_steps,)
     expected["step_outputs"] = (num_steps, num_examples, num_classes)

@@ -28,7 +28,7 @@ class Trace(Displayed):
 
     Attributes:
         facts: What does not change.
-        probe: `targets` of the probe, and if known `clean_targets` and `query_targets`.
+        probe: `targets` of the probe, and if known `clean_targets`, `query_targets` and (of an audited run) `inputs`.
         source: Where it came from.
         entries: Snapshots, or the files that hold them, by step.
         retimed: Other times by step, see `rescale.rescaled`; empty for times as recorded.
@@ -201,6 +201,7 @@ def _check_order(before: tuple[int, float], after: tuple[int, float]) -> None:
 def _probe(tensors: Mapping[str, Any], facts: RunFacts, source: str) -> dict[str, Tensor]:
     """Check that the probe's targets are there, one per example."""
     lengths = {"targets": facts.num_examples, "clean_targets": facts.num_examples, "query_targets": facts.num_query}
+    lengths["inputs"] = facts.num_examples
     probe = dict(tensors)
     is_sound = "targets" in probe and set(probe) <= set(lengths)
     if not (is_sound and all(isinstance(t, Tensor) and t.ndim and len(t) == lengths[name] for name, t in probe.items())):
