@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
-from .options import parse_size, parse_times, parse_window
+from .options import parse_alpha, parse_size, parse_times, parse_window
 
 
 def analyze(
@@ -15,7 +15,9 @@ def analyze(
         list[Path],
         typer.Argument(metavar="PATH...", help="A checkpoint with a recorder's state, a trace folder, or bare checkpoints."),
     ],
-    model: Annotated[str | None, typer.Option(metavar="SPEC", help="For bare checkpoints: makes the model, `file.py:function`.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Makes the model, `file.py:function`: for bare checkpoints, and to audit the gate.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="SPEC", help="For bare checkpoints: inputs and targets, `file.py:function` or .npz.")
     ] = None,
@@ -30,6 +32,11 @@ def analyze(
     rescale_time: Annotated[
         bool, typer.Option("--rescale-time", help="Stretch time by the measured size of the received gradients (clipping, loss scale).")
     ] = False,
+    gate: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Audit this gate instead of the run's own: soft, hard or snr; needs --model.")
+    ] = None,
+    alpha: Annotated[str | None, typer.Option(metavar="A", help="Its noise multiple: a number, or unbiased.")] = None,
+    no_audit: Annotated[bool, typer.Option("--no-audit", help="Do not audit the gate.")] = False,
     device: Annotated[str, typer.Option(help="Where to decompose matrices: auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for summary.json, results.safetensors and report.html.")] = Path(
         "ntkscope-out"
@@ -46,6 +53,8 @@ def analyze(
 
       ntkscope analyze trace/ --window 0:500 --cutoff energy:0.9 --out result
 
+      ntkscope analyze checkpoint.pt --model train.py:make_model --gate hard --alpha unbiased
+
       ntkscope analyze step*.pt --model net.py:make --data data.py:train --loss cross_entropy
     """
     asked_window, asked_times, limit = parse_window(window), parse_times(times), parse_size(max_memory)
@@ -58,6 +67,7 @@ def analyze(
         from .progress import progress_bar
         from .terminal import show
 
+        audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=parse_alpha(alpha))  # pyright: ignore[reportArgumentType]
         where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         is_bare = model is not None or data is not None
         with progress_bar("analyzing", quiet=quiet) as progress:
@@ -72,6 +82,7 @@ def analyze(
                 window=asked_window,
                 jackknife=jackknife,
                 rescale_time=rescale_time,
+                audit=audit,
                 device=where,
                 max_memory=limit,
                 progress=progress,

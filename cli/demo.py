@@ -43,7 +43,7 @@ def demo(
         checkpoint = out / "checkpoint.pt"
         save_checkpoint(run, checkpoint)
         with progress_bar("analyzing", quiet=False) as progress:
-            analysis = ntkscope.analyze(checkpoint, progress=progress)
+            analysis = ntkscope.analyze(checkpoint, model=run.model if run.recorder.has_audit else None, progress=progress)
         analysis.save(out)
         num_wrong = int(run.data.is_noise.sum())
         memorized = f", and reproduces {run.memorized:.0%} of the {num_wrong} wrong labels" if num_wrong else ""
@@ -52,4 +52,5 @@ def demo(
             f"of the given labels{memorized}; {run.query_accuracy:.0%} of {len(run.data.query_labels)} held-out digits are right.\n"
         )
         show(analysis, out, has_report=True)
-        print(f"The same again: ntkscope analyze {checkpoint}")
+        again = " --model ntkscope.experiments.demo:make_model" if run.recorder.has_audit else ""
+        print(f"The same again: ntkscope analyze {checkpoint}{again}")

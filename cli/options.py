@@ -67,6 +67,23 @@ def parse_times(text: str | None) -> list[float] | None:
         raise typer.BadParameter(f"{text!r} is no list of times. Give numbers, for example --times 0,0.5,2.") from error
 
 
+def parse_alpha(text: str | None) -> float | str | None:
+    """Read a gate's α: a number, or a name.
+
+    Args:
+        text: What the user typed.
+
+    Returns:
+        The number, or the name as it is.
+    """
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def parse_kind(text: str) -> str:
     """Read the kind of a kernel that can be priced.
 

@@ -8,11 +8,19 @@ from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
 from ntkscope.dynamics.transfer import Fit, Transfer
+from ntkscope.gate.audit_options import AuditOptions
+from ntkscope.gate.audit_results import LayerAudit, SpectralGate, StepAudit
+from ntkscope.gate.compared import Compared
 from ntkscope.gate.optimizer import GatedAdamW
+from ntkscope.gate.population_risk import PopulationRisk, RiskRate, correlation_with_heldout, population_risk, streaming_population_risk
 from ntkscope.gate.step import gate_values, gated_adam_step
+from ntkscope.gate.variance import MicrobatchVariance, StreamingMoments, exact_variance, microbatch_variance, streaming_variance
+from ntkscope.gate.variance_ratio import VarianceComparison, VarianceRatio, compare_variances
+from ntkscope.gate.verdict import GateAudit, RiskCurve, Verdict
 from ntkscope.jumps import JumpErrors, JumpStudy, jump_study
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.gram import Gram, ntk_gram
+from ntkscope.kernel.moments import GradientMoments, gradient_moments
 from ntkscope.kernel.operator import NTKOperator
 from ntkscope.kernel.price import Price, price_gram
 from ntkscope.kernel.ranks import RankError
@@ -61,8 +69,32 @@ __all__ = [
     "Uncertainty",
     # gate
     "GatedAdamW",
+    "GradientMoments",
+    "MicrobatchVariance",
+    "PopulationRisk",
+    "RiskRate",
+    "StreamingMoments",
+    "VarianceComparison",
+    "VarianceRatio",
+    "compare_variances",
+    "correlation_with_heldout",
+    "exact_variance",
     "gate_values",
     "gated_adam_step",
+    "gradient_moments",
+    "microbatch_variance",
+    "population_risk",
+    "streaming_population_risk",
+    "streaming_variance",
+    # audit of the gate
+    "AuditOptions",
+    "Compared",
+    "GateAudit",
+    "LayerAudit",
+    "RiskCurve",
+    "SpectralGate",
+    "StepAudit",
+    "Verdict",
     # record
     "Recorder",
     "Snapshot",

@@ -234,8 +234,8 @@ def _audit_snapshot(
     gap = float(torch.linalg.vector_norm(outputs - snapshot.outputs.double())) / float(torch.linalg.vector_norm(outputs).clamp(min=1e-300))
     if not gap <= SAME_OUTPUTS:
         raise InputError(
-            f"With the weights recorded at step {snapshot.step} this model gives other outputs on the probe (relative gap {gap:.1e}). Give the "
-            "model that was trained: frozen weights are not recorded, so load its state_dict first; or data of the same probe."
+            f"With the weights recorded at step {snapshot.step} this model gives other outputs on the probe (relative gap {gap:.1e}). Give "
+            "the model that was trained: frozen weights are not recorded, so load its state_dict first; or data of the same probe."
         )
     routes, coverage = probe_routes(model, audited.inputs, params=list(parameters), forward_fn=audited.forward_fn)
     mean, variance, precond = (

@@ -28,6 +28,8 @@ def summarize(analysis: Any) -> dict[str, Any]:
             "kind": analysis.gate.kind,
             "open_share": dict(zip(analysis.gate.steps, analysis.gate.open_share.tolist(), strict=True)),
             "final_by_parameter": {name: float(share[-1]) for name, share in analysis.gate.by_parameter.items()},
+            "audit": None if analysis.gate.audit is None else _audit(analysis.gate.audit),
+            "audit_reason": analysis.gate.audit_reason,
         }
     return _jsonable({
         "schema": SCHEMA,
@@ -131,3 +133,57 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(part) for part in value]
     return value
+
+
+def _audit(audit: Any) -> dict[str, Any]:
+    """Put a gate audit into plain containers; every figure with its null."""
+
+    def figures(found: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: {"value": figure.observed, "null": figure.mean, "z": figure.z, "p": figure.p, "reason": figure.reason}
+            for name, figure in found.items()
+        }
+
+    steps = [
+        {
+            "step": step.step,
+            "signal_rank": step.rank,
+            "open_share": step.open_share,
+            "num_live": step.num_live,
+            "num_dead": step.num_dead,
+            "ungated_direction": step.ungated_direction,
+            "decay_share": step.decay_share,
+            "spectral_gate_rank": step.spectral_gate.rank,
+            "spectral_gate_in_signal": step.spectral_gate.in_signal,
+            **figures(step.figures),
+        }
+        for step in audit.steps
+    ]
+    risk = None
+    if audit.risk is not None:
+        found = audit.risk.correlation
+        risk = {
+            "steps": audit.risk.steps,
+            "rate": audit.risk.rate.tolist(),
+            "training_rate": audit.risk.training_rate.tolist(),
+            "streaming_rate": audit.risk.streaming_rate.tolist(),
+            "heldout_loss": None if audit.risk.heldout_loss is None else audit.risk.heldout_loss.tolist(),
+            "spearman": None if found is None or found.spearman is None else asdict(found.spearman),
+            "pearson": None if found is None or found.pearson is None else asdict(found.pearson),
+        }
+    return {
+        "gate": audit.kind,
+        "alpha": audit.alpha,
+        "lambda_pop": audit.lambda_pop,
+        "alpha_over_unbiased": audit.strictness,
+        "is_counterfactual": audit.is_counterfactual,
+        "variance": audit.variance,
+        "verdict": audit.verdict.kind,
+        "sentence": audit.verdict.sentence,
+        "harmed_layers": list(audit.verdict.harmed_layers),
+        "overall": figures(audit.overall),
+        "layers": {name: figures(found) for name, found in audit.layers.items()},
+        "steps": steps,
+        "population_risk": risk,
+        "warnings": list(audit.warnings),
+    }

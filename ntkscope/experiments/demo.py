@@ -144,7 +144,7 @@ def train_demo(
     encode = _encode if loss != "cross_entropy" else torch.Tensor.clone
     targets = encode(data.labels)
     generator = torch.Generator().manual_seed(seed)
-    model = _make_model(seed)
+    model = make_model(seed)
     recorder = Recorder(
         model,
         probe=(data.inputs, targets),
@@ -152,6 +152,7 @@ def train_demo(
         loss=loss,
         clean_targets=encode(data.clean_labels),
         every_step=optimizer != "sgd",
+        audit=optimizer != "sgd",
         steps_per_epoch=None if optimizer == "sgd" else max(2, num_examples // BATCH_SIZE),
     )
     trainer = _make_optimizer(optimizer, loss, model)
@@ -189,8 +190,15 @@ def save_checkpoint(run: DemoRun, path: Path) -> None:
         torch.save(state, temporary)
 
 
-def _make_model(seed: int) -> nn.Sequential:
-    """Make the MLP."""
+def make_model(seed: int = 0) -> nn.Sequential:
+    """Make the MLP: also what `--model ntkscope.experiments.demo:make_model` names, to audit a demo's checkpoint.
+
+    Args:
+        seed: Decides its weights.
+
+    Returns:
+        The model.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = nn.Linear(WIDTH, NUM_CLASSES)

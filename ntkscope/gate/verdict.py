@@ -203,5 +203,6 @@ def decay_warning(steps: Sequence[StepAudit]) -> str:
         return ""
     return (
         f"At step {worst.step:,} weight decay makes up {worst.decay_share:.0%} of the squared step while {worst.open_share:.1%} of the "
-        "gates are open: the closed gate lets decay win. Gate the decay too (decay='gated'), lower alpha ('unbiased'), or set weight_decay=0."
+        "gates are open: the closed gate lets decay win. Gate the decay too (decay='gated'), lower alpha ('unbiased'), or set "
+        "weight_decay=0."
     )

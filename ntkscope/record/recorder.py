@@ -152,6 +152,11 @@ class Recorder:
         optimizer.register_step_post_hook(self._after_step)
 
     @property
+    def has_audit(self) -> bool:
+        """Whether snapshots keep what an audit of the gate needs."""
+        return self._gate_audit is not None
+
+    @property
     def trace(self) -> Trace:
         """The record so far; takes a snapshot first if the optimizer has stepped since the last one."""
         if self._trace is None:

@@ -47,6 +47,28 @@ def reach(analysis: AnalysisLike) -> list[str]:
     return sentences
 
 
+def gating(analysis: AnalysisLike) -> list[str]:
+    """Say whether the gate helps, and how well population risk was predicted; empty where nothing was audited.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Sentences.
+    """
+    audit = None if analysis.gate is None else analysis.gate.audit
+    if audit is None:
+        return []
+    sentences = [audit.verdict.sentence, *audit.warnings]
+    found = None if audit.risk is None else audit.risk.correlation
+    if found is not None and found.spearman is not None:
+        sentences.append(
+            f"The population risk estimated from training examples alone predicts the measured held-out decrease with rank correlation "
+            f"{number(found.spearman.value, 2)} (95 % interval {number(found.spearman.low, 2)} to {number(found.spearman.high, 2)})."
+        )
+    return sentences
+
+
 def chance(analysis: AnalysisLike) -> list[str]:
     """Say whether there is more signal than shuffled labels would show, and how far the split depends on cutoff and examples.
 

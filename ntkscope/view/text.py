@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ntkscope.view.evidence import chance, reach
+from ntkscope.view.evidence import chance, gating, reach
 from ntkscope.view.findings import Verdict, headline, learned, next_steps, stored, verdict
 from ntkscope.view.suspects import Score, Suspect, found_among, shown_scores, suspects
 from ntkscope.view.words import SPACE, AnalysisLike, percent
@@ -31,15 +31,16 @@ class Limits(NamedTuple):
     steps: int
     reach: int
     chance: int
+    gate: int
     suspects: int
 
 
 LIMITS = (
-    Limits(4, 4, 4, 4, 4, 10),
-    Limits(2, 3, 3, 3, 2, 10),
-    Limits(2, 1, 2, 1, 2, 10),
-    Limits(1, 1, 1, 1, 1, 10),
-    Limits(1, 1, 1, 0, 0, 5),
+    Limits(4, 4, 4, 4, 4, 3, 10),
+    Limits(2, 3, 3, 3, 2, 2, 10),
+    Limits(2, 1, 2, 1, 2, 1, 10),
+    Limits(1, 1, 1, 1, 1, 1, 10),
+    Limits(1, 1, 1, 0, 0, 1, 5),
 )
 ASCII_WORDS = {
     "Ω": "Omega",
@@ -125,6 +126,10 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) 
     hidden = max(0, len(judged.causes) - limits.causes) + max(0, len(warnings) - limits.warnings)
     if hidden:
         say(f"... and {hidden} more: see the report, or .closure.causes and .warnings.", indent="! ")
+    audited = gating(analysis)
+    if audited and analysis.gate is not None:
+        head("Would gating help?" if analysis.gate.audit.is_counterfactual else "The gate")
+        say(" ".join(audited[: limits.gate]))
     scores = shown_scores(analysis, TERMINAL_SCORES)
     rows = suspects(analysis, scores, limits.suspects)
     if rows:
@@ -198,6 +203,8 @@ def analysis_html(analysis: AnalysisLike) -> str:
         ("chance?", " ".join(chance(analysis))),
         ("believe it?", f"{judged.short}. {' '.join(judged.sentences)}"),
     ]
+    if gating(analysis):
+        rows.append(("gate", " ".join(gating(analysis))))
     scores = analysis.examples.auroc
     if scores:
         rows.append(("AUROC", ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items())))
