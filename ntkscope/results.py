@@ -127,6 +127,8 @@ class GateStats(Displayed):
         by_parameter: The same for each parameter tensor.
         audit: The gate's decisions against the spectral cutoff; None without audit data and a model.
         audit_reason: Why there is none.
+        live: Steps audited while training went on, one row each: step, precision, recall, collateral, cosines of the gated and the ungated
+            step with the signal direction; None if there were none.
     """
 
     kind: str
@@ -135,6 +137,7 @@ class GateStats(Displayed):
     by_parameter: dict[str, Tensor]
     audit: GateAudit | None = None
     audit_reason: str = ""
+    live: Float[Tensor, "steps 6"] | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,8 @@ class Analysis(Displayed):
             named |= {f"transfer/{name}": getattr(self.transfer, name) for name in ("predicted", "observed", "predictor")}
         if self.cells is not None:
             named |= {f"cells/{name}": getattr(self.cells, name) for name in CELLS}
+        if self.gate is not None:
+            named["gate/live"] = self.gate.live
         if self.uncertainty is not None:
             named["uncertainty/reservoir_energy"] = self.uncertainty.reservoir_energy
         named |= {f"examples/{name}": getattr(self.examples, name) for name in COLUMNS}

@@ -29,6 +29,8 @@ def gate_of(walk: Walk, trace: Trace, audit: GateAudit | None, reason: str) -> t
     Returns:
         Statistics, or None and the reason.
     """
+    rows = [row.snapshot.live_audit for row in walk.history if row.snapshot.live_audit is not None]
+    live = torch.cat(rows) if rows else None
     if audit is not None and audit.is_counterfactual:
         steps = audit.steps
         opened = {
@@ -36,7 +38,7 @@ def gate_of(walk: Walk, trace: Trace, audit: GateAudit | None, reason: str) -> t
             for name in trace.facts.parameters
         }
         shares = torch.tensor([step.open_share for step in steps], dtype=torch.float64)
-        return GateStats(audit.kind, [step.step for step in steps], shares, opened, audit), ""
+        return GateStats(audit.kind, [step.step for step in steps], shares, opened, audit, live=live), ""
     if trace.facts.gate is None:
         return None, f"{trace.facts.optimizer.partition('(')[0]} has no gate, and {reason}"
     shares = [(row.snapshot.step, row.snapshot.gate_open) for row in walk.history]
@@ -47,7 +49,7 @@ def gate_of(walk: Walk, trace: Trace, audit: GateAudit | None, reason: str) -> t
     sizes = torch.tensor(trace.facts.parameter_sizes, dtype=torch.float64)
     overall = (table * sizes).sum(dim=1) / sizes.sum()
     by_parameter = {name: table[:, k].contiguous() for k, name in enumerate(trace.facts.parameters)}
-    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter, audit, reason), ""
+    return GateStats(trace.facts.gate, [step for step, _ in known], overall, by_parameter, audit, reason, live), ""
 
 
 def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: list[Row], history: History, *, abstains: str) -> Examples:

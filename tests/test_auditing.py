@@ -11,14 +11,17 @@ from record_case import problem, record, train
 from torch import nn
 
 import ntkscope
+from ntkscope.auditing import AuditedModel, ChannelKeeper, Rule, _audit_snapshot, _parameters
+from ntkscope.course import Course
 from ntkscope.gate.compared import compare, mean_over
 from ntkscope.gate.step import gate_values
 from ntkscope.gate.verdict import SMALLEST_ADVANTAGE
+from ntkscope.walk import walk_trajectory
 
 MAKERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=5e-3),
     "adam": lambda model: torch.optim.Adam(model.parameters(), lr=5e-3, betas=(0.8, 0.99)),
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9),
     "gated": lambda model: ntkscope.GatedAdamW(model.parameters(), lr=5e-3, gate="hard", alpha="unbiased"),
 }
 BATCHES = [torch.randint(8, (4,), generator=torch.Generator().manual_seed(step)) for step in range(60)]
@@ -252,3 +255,65 @@ def test_average_of_figures_is_judged_by_the_average_of_their_nulls():
     assert mean_over([one, undefined]).z == one.z
     assert mean_over([undefined]).reason == "it is not defined (0/0)"
     assert 0 < SMALLEST_ADVANTAGE < 0.1
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_live_audit_is_what_the_audit_of_that_step_finds(name):
+    recorder = recorded(name, live_audit=20)
+    analysis = ntkscope.analyze(recorder, window=(0, 60))
+    live = analysis.gate.live
+    assert live[:, 0].tolist() == [20.0, 40.0, 60.0]
+    options = None if name == "gated" else ntkscope.AuditOptions(gate="soft", alpha="unbiased")
+    audit = ntkscope.analyze(recorder, window=(0, 60), audit=True if options is None else options).gate.audit
+    steps = {step.step: step for step in audit.steps}
+    row = live[2]  # its channel is that of the snapshot before, five steps earlier
+    step = steps[60]
+    assert float(row[4]) == pytest.approx(step.figures["direction"].observed, abs=0.1)
+    assert float(row[5]) == pytest.approx(step.ungated_direction, abs=0.1)
+    for column, figure in ((1, "precision"), (2, "recall"), (3, "collateral")):
+        assert float(row[column]) == pytest.approx(step.figures[figure].observed, abs=0.15), figure
+
+
+def test_live_figures_are_the_definition():
+    """With a snapshot at every step the channel is that of the step before; the numbers are those of the dense audit with that channel."""
+    recorder = recorded("gated", schedule=1, live_audit=30)
+    trace = recorder.trace
+    keeper = ChannelKeeper([29], "half")
+    walk_trajectory(Course(trace, 0, 30, loss=None), target_kernel=None, device=None, progress=None, visit=keeper.visit)
+    model, inputs, targets = problem()
+    optimizer = MAKERS["gated"](model)
+    other = ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", schedule=[30], drift=None, audit=True)
+    other.attach(optimizer)
+    train(model, inputs, targets, optimizer, 30, batches=BATCHES)
+    snapshot = other.trace[-1]
+    options = ntkscope.AuditOptions(num_permutations=2)
+    audit, _ = _audit_snapshot(
+        snapshot, keeper.channels[29], AuditedModel(model, inputs, None), _parameters(trace.facts, model),
+        Rule.of(trace.facts, options), options, 2**30,
+    )  # fmt: skip
+    live = ntkscope.analyze(recorder, window=(0, 60)).gate.live[0]
+    expected = [audit.figures[name].observed for name in ("precision", "recall", "collateral", "direction")] + [audit.ungated_direction]
+    assert_close(live[1:], torch.tensor(expected, dtype=torch.float64), rtol=5e-3)
+
+
+def test_live_audit_changes_nothing_and_survives_resuming():
+    plain, live = recorded("gated"), recorded("gated", live_audit=10)
+    for first, second in zip(plain.model.parameters(), live.model.parameters(), strict=True):
+        assert torch.equal(first, second)
+    state = copy.deepcopy(live.state_dict())
+    model, inputs, targets = problem()
+    model.load_state_dict(live.model.state_dict())
+    optimizer = MAKERS["gated"](model)
+    again = ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", schedule=5, drift=None, audit=True, live_audit=10)
+    again.load_state_dict(state)
+    again.attach(optimizer)
+    train(model, inputs, targets, optimizer, 20, batches=BATCHES)
+    assert ntkscope.analyze(again, window=(0, 80)).gate.live[:, 0].tolist() == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0]
+
+
+def test_live_audit_needs_the_audit():
+    model, inputs, targets = problem()
+    with pytest.raises(ntkscope.InputError, match="`live_audit` needs audit=True"):
+        ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", live_audit=5)
+    with pytest.raises(ntkscope.InputError, match="`live_audit` must lie in"):
+        ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", audit=True, live_audit=0)

@@ -68,7 +68,7 @@ class GateAudit:
             Fields of `Snapshot`, by name; empty where the averages are missing (resumed without them).
         """
         optimizer, parameters = instrument.optimizer, instrument.routes.parameters
-        means, variances = self._moments(optimizer, parameters)
+        means, variances = self.moments(optimizer, parameters)
         if set(means) != set(parameters):
             return {}
         self._next = max(clock.step + 1, round(GROWTH * clock.step))
@@ -91,8 +91,16 @@ class GateAudit:
             fields["audit_buffers"] = torch.cat(buffers)
         return {name: value.detach().cpu() for name, value in fields.items()}
 
-    def _moments(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Read m̂ and ŝ."""
+    def moments(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Read m̂ and ŝ: the optimizer's own where it has a gate.
+
+        Args:
+            optimizer: After a step.
+            parameters: Trained parameters, by name.
+
+        Returns:
+            Both, by name.
+        """
         if isinstance(optimizer, GatedAdamW):
             return (
                 {name: optimizer.mean_gradient_of(parameter) for name, parameter in parameters.items()},

@@ -167,7 +167,7 @@ class Mechanics:
 
     Attributes:
         precond: Diagonal of M, a tensor or one number.
-        decay: Direction of weight decay, M⊙λ⊙w or λ⊙w; None where no group decays.
+        decay: Direction of weight decay, M⊙λ⊙w, λ⊙w or, gated, q⊙λ⊙w; None where no group decays.
         gate_open: Share of open gates (q > ½) by parameter; None without a gate.
         ungated: Diagonal of M⁰, without the gate.
         gates: q; None without a gate.
@@ -219,6 +219,8 @@ def mechanics(
             strength = float(group.get("weight_decay", 0.0))
             if strength:
                 weight = at[name].detach()
+                if group.get("decay") == "gated":
+                    weight = weight * gates[name].to(weight)
                 decay[name] = strength * share * (weight * ungated if _is_coupled(optimizer, group) else weight)
     still = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if name not in decay}
     shares = torch.tensor([opened[name] for name in parameters], dtype=torch.float64) if opened else None

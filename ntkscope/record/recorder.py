@@ -25,6 +25,7 @@ from ntkscope.record.files import TraceWriter
 from ntkscope.record.following import Following
 from ntkscope.record.gradient_audit import GradientAudit
 from ntkscope.record.instrument import Instrument
+from ntkscope.record.live_audit import LiveAudit
 from ntkscope.record.opening import describe_run, open_trace
 from ntkscope.record.placement import Placement
 from ntkscope.record.probe import ProbeSet, make_probe
@@ -60,6 +61,7 @@ class Recorder:
         audit: Keep what an audit of the gate needs, at snapshots that come half again as late as the one before: weights, mean gradient,
             gradient variance and preconditioner. Optimizers without a gate are audited as if they had one; the recorder then keeps the
             averages m and s of their gradients, two tensors of the model's size.
+        live_audit: Besides, measure every so many steps what the gate removes of the step's motion, while training goes on; needs `audit`.
         training_size: Examples in the whole training set, where the probe is a random subset of it (see `stratified_subset`).
         steps_per_epoch: Optimizer steps that pass over the training set once.
         forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`.
@@ -86,6 +88,7 @@ class Recorder:
         outputs: str = "full",
         every_step: bool = False,
         audit: bool = False,
+        live_audit: int | None = None,
         training_size: int | None = None,
         steps_per_epoch: int | None = None,
         forward_fn: ForwardFn | None = None,
@@ -115,6 +118,11 @@ class Recorder:
         self._following = Following()
         self._audit = GradientAudit()
         self._gate_audit = GateAudit() if audit else None
+        if live_audit is not None:
+            check_number("live_audit", live_audit, low=1)
+            if not audit:
+                raise InputError("`live_audit` needs audit=True: without it nothing is known of the gradients' noise.")
+        self._live = None if live_audit is None else LiveAudit(live_audit)
         self._writer = None if path is None else TraceWriter(Path(path))
         self._clock = optimizers.Clock()
         self._instrument: Instrument | None = None
@@ -255,10 +263,19 @@ class Recorder:
                     self._snapshot(is_planned=True, at_start=True)
                 if not self.probe.num_query:
                     self._beginning = None  # nothing to linearize for
+            self._audit_live()
             if self.every_step and not self._trace.facts.stopped:
                 self._follow()
             if self._wants_snapshot():
                 self._snapshot(is_planned=True)
+
+    def _audit_live(self) -> None:
+        """Measure what the gate removed of this step, if it is due and can be afforded."""
+        live, audit = self._live, self._gate_audit
+        if live is None or audit is None or not live.is_due(self._clock.step) or not self._allowance.permits("live audit"):
+            return
+        with self._allowance.pricing("live audit", self._attached.waiter()):
+            live.measure(self._attached, self._clock, audit)
 
     @property
     def _attached(self) -> Instrument:
@@ -314,7 +331,12 @@ class Recorder:
                 )
                 if self._gate_audit is not None and not at_start and (self._gate_audit.is_due(clock.step) or not is_planned):
                     snapshot = replace(snapshot, **self._gate_audit.collect(instrument, clock, snapshot.gradient))
+                if self._live is not None:
+                    snapshot = replace(snapshot, live_audit=self._live.collect())
                 self._keep(snapshot, is_planned=is_planned, at_start=at_start)
+                if self._live is not None and self._allowance.permits("channel"):
+                    with self._allowance.pricing("channel", instrument.waiter()):
+                        self._live.follow(self._trace)
             except UserError as error:
                 reason = f"Recording stopped at step {clock.step}: {error}"
                 self._write_facts(stop_early(self._trace.facts, reason))

@@ -52,6 +52,8 @@ class Snapshot:
         audit_decay: Squared norms of weight decay and of the whole step, without the learning rate, float64.
         audit_risk: By parameter tensor: decrease of the population risk per unit of time on the probe, decrease of the training loss, and
             the first from the streaming averages (theory.md section 6), float64.
+        live_audit: One row per step audited live since the previous snapshot: step, precision, recall, collateral, cosines of the gated and
+            the ungated step with the signal direction, float64; NaN where a figure is 0/0. None if there were none.
     """
 
     step: int
@@ -82,6 +84,7 @@ class Snapshot:
     audit_gate: Float[Tensor, " entries"] | None = None
     audit_decay: Float[Tensor, "2"] | None = None
     audit_risk: Float[Tensor, "tensors 3"] | None = None
+    live_audit: Float[Tensor, "live 6"] | None = None
 
     @property
     def kernel_eps(self) -> float:
@@ -146,7 +149,7 @@ class Snapshot:
         )
         for name, tensor in tensors.items():
             # The first audit of a run has no cosine with one before.
-            checked = tensor[:, :3] if name == "gradient_audit" else tensor
+            checked = tensor[:, :3] if name == "gradient_audit" else tensor[:, :1] if name == "live_audit" else tensor
             check_finite(f"`{name}` of the snapshot at step {snapshot.step}", checked, "Choose a window that ends before it.")
         return snapshot
 
@@ -173,6 +176,8 @@ def _expected_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]
     num_entries = -1 if weights is None else weights.numel()
     expected |= dict.fromkeys(("audit_weights", "audit_mean", "audit_variance", "audit_precond", "audit_gate"), (num_entries,))
     expected["audit_decay"] = (2,)
+    live = tensors.get("live_audit")
+    expected["live_audit"] = (len(live) if live is not None and live.ndim else -1, 6)
     expected["audit_risk"] = (len(risk) if risk is not None and risk.ndim else -1, 3)
     expected["gradient_audit"] = (len(audits) if audits is not None and audits.ndim else -1, 4)
     expected["step_times"] = (num_steps,)
