@@ -13,8 +13,10 @@ from ntkscope.gate.step import gate_values, gated_adam_step, resolve_alpha
 KINDS = ("soft", "hard", "snr", "open")
 
 
-def reference(weight, gradients, *, kind, alpha, lambda_pop, center, warmup, lr, beta1, beta2, eps, decay, rho):
-    """theory.md section 6, one scalar at a time."""
+def reference(
+    weight, gradients, *, kind, alpha, lambda_pop, center, warmup, lr, beta1, beta2, eps, decay, rho, is_decay_gated=False, variances=None
+):
+    """theory.md section 6, one scalar at a time; `variances` holds ŝ from outside by step."""
     m = v = s = 0.0
     gates = []
     for t, g in enumerate(gradients, start=1):
@@ -26,7 +28,10 @@ def reference(weight, gradients, *, kind, alpha, lambda_pop, center, warmup, lr,
         v = beta2 * v + (1 - beta2) * g * g
         m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         samples = t if center == "paper" else t - 1
-        s_hat = s / (1 - rho**samples) if samples else 0.0
+        correction = 1 - rho**samples if samples else 1.0
+        if variances and t in variances:
+            s = variances[t] * correction
+        s_hat = s / correction
         if t <= warmup or kind == "open":
             q = 1.0
         elif kind == "hard":
@@ -36,7 +41,7 @@ def reference(weight, gradients, *, kind, alpha, lambda_pop, center, warmup, lr,
             q = d / (d + lambda_pop * s_hat + 1e-30)
         else:
             q = m_hat**2 / (m_hat**2 + lambda_pop * s_hat + 1e-30)
-        weight = weight - lr * q * m_hat / (math.sqrt(v_hat) + eps) - lr * decay * weight
+        weight = weight - lr * q * m_hat / (math.sqrt(v_hat) + eps) - lr * decay * (q if is_decay_gated else 1.0) * weight
         gates.append(q)
     return weight, gates
 
@@ -61,25 +66,51 @@ def run(weight, gradients, **options):
     rho=st.sampled_from([0.9, 0.99]),
     beta1=st.sampled_from([0.0, 0.9]),
     decay=st.sampled_from([0.0, 0.1]),
+    is_decay_gated=st.booleans(),
     size=st.integers(1, 5),
     steps=st.integers(1, 15),
     seed=st.integers(0, 2**16),
 )
-def test_matches_the_reference(kind, center, alpha, lambda_pop, warmup, rho, beta1, decay, size, steps, seed):
+def test_matches_the_reference(kind, center, alpha, lambda_pop, warmup, rho, beta1, decay, is_decay_gated, size, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(size, generator=generator, dtype=torch.float64).tolist()
     mean = torch.randn(size, generator=generator, dtype=torch.float64)
     gradients = mean + torch.randn(steps, size, generator=generator, dtype=torch.float64)
     settings_of_both = {"alpha": alpha, "lambda_pop": lambda_pop, "center": center, "rho": rho, "lr": 0.01, "eps": 1e-8}
     actual, gates = run(
-        weights, gradients.tolist(), gate=kind, gate_warmup=warmup, betas=(beta1, 0.999), weight_decay=decay, **settings_of_both
+        weights,
+        gradients.tolist(),
+        gate=kind,
+        gate_warmup=warmup,
+        betas=(beta1, 0.999),
+        weight_decay=decay,
+        decay="gated" if is_decay_gated else "plain",
+        **settings_of_both,
     )
     for k in range(size):
         expected, expected_gates = reference(
-            weights[k], gradients[:, k].tolist(), kind=kind, warmup=warmup, beta1=beta1, beta2=0.999, decay=decay, **settings_of_both
+            weights[k],
+            gradients[:, k].tolist(),
+            kind=kind,
+            warmup=warmup,
+            beta1=beta1,
+            beta2=0.999,
+            decay=decay,
+            is_decay_gated=is_decay_gated,
+            **settings_of_both,
         )
         assert float(actual[k]) == pytest.approx(expected, rel=1e-12, abs=1e-14)
         assert gates[:, k].tolist() == pytest.approx(expected_gates, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("center", ["paper", "corrected"])
+def test_a_variance_from_outside_is_what_the_gate_uses(center):
+    weight, gradient = torch.ones(3, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    m, v, s = (torch.zeros_like(weight) for _ in range(3))
+    given = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for step in (1, 2, 3):
+        q = gated_adam_step(weight, gradient, m, v, s, step=step, lr=0.1, gate="snr", gate_warmup=0, center=center, variance=given)
+        assert q.tolist() == pytest.approx((gradient**2 / (gradient**2 + given)).tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(1, 0.0), (5, 0.32), (30, 0.84)])

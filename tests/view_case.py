@@ -6,7 +6,39 @@ from typing import Any
 
 import torch
 
+from ntkscope.gate.audit_step import Update, audit_step
+from ntkscope.gate.channel import Channel
+from ntkscope.gate.step import gate_values
+from ntkscope.gate.verdict import GateAudit, average_figures, judge
+from ntkscope.kernel.columns import Columns
+from ntkscope.spectrum.whitening import whiten
+
 NUM_NOISY = 6
+
+
+def synthetic_audit(names: tuple[str, ...], num_steps: int = 3) -> GateAudit:
+    """Audit random gates of a random model."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    steps = []
+    for k in range(num_steps):
+        columns = {name: torch.randn(12, 1, 40, generator=generator, dtype=torch.float64) for name in names}
+        mean = {name: torch.randn(40, generator=generator, dtype=torch.float64) for name in names}
+        variance = {name: torch.rand(40, generator=generator, dtype=torch.float64) for name in names}
+        gate = {name: gate_values(mean[name], variance[name], kind="soft") for name in names}
+        steps.append(
+            audit_step(
+                lambda name, columns=columns: iter([Columns(torch.arange(40), columns[name])]),
+                Update(mean, dict.fromkeys(names, 1.0), gate, variance, is_hard=False),
+                Channel(whiten(torch.ones(12, 1, 1, dtype=torch.float64)), basis, 3 + k),
+                torch.randn(12, 1, generator=generator, dtype=torch.float64),
+                step=4 * (k + 1),
+                num_permutations=20,
+            )
+        )
+    overall, layers = average_figures(steps)
+    found = judge(steps, overall, layers, gate="the soft gate at α = 1", is_counterfactual=False)
+    return GateAudit("soft", 1.0, 1.0, 19.0, False, "streaming", steps, overall, layers, found, None, ("A warning of the audit.",))
 
 
 def synthetic_analysis(
@@ -127,6 +159,8 @@ def synthetic_analysis(
             steps=steps,
             open_share=share,
             by_parameter={f"layers.{k}.weight": share**k for k in range(11)},
+            audit=synthetic_audit(tuple(f"layers.{k}.weight" for k in range(4))),
+            audit_reason="",
         )
     causes = () if is_trustworthy else ("Too few snapshots: between two of them the kernel moved by 81% of its size. Record more.",)
     fit = lambda error: SimpleNamespace(relative_error=error, correlation=math.nan if has_nan else 0.98)  # ruff: ignore[lambda-assignment]

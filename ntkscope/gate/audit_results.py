@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +21,8 @@ FIGURES = {
     "direction": "cosine of the gated step with the signal direction",
     "selectivity": "kernel kept on the signal channel over kernel kept on the reservoir",
 }
+SNR_EDGES = np.linspace(-6.0, 4.0, 51)  # log10 of m̂²/ŝ; what is outside is counted at the edge
+SHARE_EDGES = np.linspace(0.0, 1.0, 41)
 LAYER_FIGURES = ("auroc", "precision", "recall", "collateral", "advantage", "selectivity")
 
 

@@ -13,15 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ntkscope._checks import InputError
-from ntkscope.gate.audit_results import LayerAudit, SpectralGate, StepAudit
+from ntkscope.gate.audit_results import SHARE_EDGES, SNR_EDGES, LayerAudit, SpectralGate, StepAudit
 from ntkscope.gate.channel import Channel
 from ntkscope.gate.compared import Compared, compare
 from ntkscope.gate.figures import kernel_figures, motion_figures, parameter_figures, ratio
 from ntkscope.kernel.columns import Columns
 from ntkscope.spectrum.cutoffs import moments_over_examples
-
-SNR_EDGES = np.linspace(-6.0, 4.0, 51)  # log10 of m̂²/ŝ; what is outside is counted at the edge
-SHARE_EDGES = np.linspace(0.0, 1.0, 41)
 
 ColumnsOf = Callable[[str], Iterator[Columns]]
 

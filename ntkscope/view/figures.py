@@ -13,6 +13,7 @@ from ntkscope.view import palette
 from ntkscope.view.drawing import MIN_DECADE_SPAN, frame_rows, hover_facts, percent_ticks, spread, step_axis, table, values
 from ntkscope.view.eigenstructure import eigenstructure
 from ntkscope.view.findings import signal_modes, stop_row
+from ntkscope.view.gate_figures import gate_agreement, gate_density, gate_modes, gate_motion
 from ntkscope.view.suspects import found_among, ranked
 from ntkscope.view.words import AnalysisLike, counted, number, percent
 
@@ -378,7 +379,26 @@ FIGURES: dict[str, Callable[[AnalysisLike], go.Figure]] = {
     "suspicious": suspicious,
     "loss_and_closure": loss_and_closure,
     "gate_openness": gate_openness,
+    "gate_motion": gate_motion,
+    "gate_agreement": gate_agreement,
+    "gate_density": gate_density,
+    "gate_modes": gate_modes,
 }
+AUDITED = ("gate_motion", "gate_agreement", "gate_density", "gate_modes")
+
+
+def drawable(analysis: AnalysisLike) -> list[str]:
+    """List the figures that have something to show.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Names in `FIGURES`.
+    """
+    gate = analysis.gate
+    missing = () if gate is not None and gate.audit is not None else AUDITED if gate is not None else (*AUDITED, "gate_openness")
+    return [name for name in FIGURES if name not in missing]
 
 
 def _bar_groups(analysis: AnalysisLike, order: Sequence[int]) -> list[tuple[str, str, str, list[int]]]:

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from ntkscope._atomic import replace_when_done
 from ntkscope.view import evidence, findings
 from ntkscope.view import suspects as suspicion
-from ntkscope.view.figures import FIGURES
+from ntkscope.view.figures import FIGURES, drawable
 from ntkscope.view.words import AnalysisLike, counted, number, percent
 
 FOLDER = Path(__file__).parent
@@ -65,6 +65,30 @@ FIGURE_TEXTS = {
     "gate_openness": FigureText(
         "The share of parameters whose gate was open, that is, whose gradient stood out from its noise.",
         "A gate that closes almost everywhere stops training; one that never closes does nothing.",
+    ),
+    "gate_motion": FigureText(
+        "At every audited step: of the output motion that the gate removed, the share that lay in the reservoir. The band is what the same "
+        "gates remove when they are shuffled among the parameters of each layer.",
+        "Above the band: the gate spares signal better than chance. Below: it hits signal. Inside: no evidence. The dotted line is the "
+        "reservoir's share of all motion before the gate.",
+    ),
+    "gate_agreement": FigureText(
+        "Every cell is one layer at one audited step: the chance that a parameter with an open gate has more signal than one with a "
+        "closed gate.",
+        "Blue: open gates sit on signal parameters. Red: on reservoir parameters. Pale: no relation. A number is written where shuffled "
+        "gates would show it in fewer than one of twenty cases.",
+    ),
+    "gate_density": FigureText(
+        "Every parameter by the signal-to-noise of its gradient, which is all the gate sees, and by its signal share: how much of what it "
+        "moves lies in the signal channel.",
+        "Right of the dashed line gates are open. If the theory's shortcut worked perfectly, parameters would lie low on the left and high "
+        "on the right.",
+    ),
+    "gate_modes": FigureText(
+        "One ribbon for each layer. Its height is how much of a direction's kernel the gate keeps in that layer, from the strongest signal "
+        "direction to the last of the reservoir.",
+        "A selective gate keeps ribbons high up to the red line and low behind it. Flat ribbons mean that the gate treats all directions "
+        "alike. Drag, or use the turn buttons, to look from another side.",
     ),
 }
 
@@ -120,23 +144,19 @@ def render_report(analysis: AnalysisLike) -> str:
         run=analysis.run,
         window=analysis.window,
         facts=_facts(analysis),
-        figures=[_figure_block(name, analysis) for name in _drawn(analysis)],
+        figures=[_figure_block(name, analysis) for name in drawable(analysis)],
         table=_suspect_table(analysis),
         abstains=analysis.examples.abstains,
         ranked_by=suspicion.title(suspicion.ranked_by(analysis)),
         cutoffs=_cutoff_rows(analysis),
         words=WORDS,
-        gate_reason=analysis.gate_reason if analysis.gate is None else "",
+        gating=evidence.gating(analysis),
+        gate_reason=analysis.gate_reason if analysis.gate is None else analysis.gate.audit_reason,
         style=_trusted(_read("report.css")),
         plotly=_trusted(plotly),
         drawing=_trusted(drawing),
         script_hashes=[_hash(plotly), _hash(drawing)],
     )
-
-
-def _drawn(analysis: AnalysisLike) -> list[str]:
-    """Choose the figures that have something to show."""
-    return [name for name in FIGURES if name != "gate_openness" or analysis.gate is not None]
 
 
 def _figure_block(name: str, analysis: AnalysisLike) -> dict[str, Any]:
