@@ -55,6 +55,7 @@ def measure(setting: Setting, own: dict | None) -> Rows:
 
 
 def show(name: str, runs: list[Rows]) -> None:
+    """Print a table per gate."""
     for gate in runs[0]:
         print(f"\n### {name}: {gate} ({len(runs)} seeds)\n")
         print("| step | signal rank | open | AUROC | precision | z of precision (lowest, highest) | z of advantage (lowest, highest) |")
@@ -63,12 +64,13 @@ def show(name: str, runs: list[Rows]) -> None:
             table = torch.tensor([row[1:] for row in rows], dtype=torch.float64)
             mean, low, high = table.nanmean(dim=0), table.amin(dim=0), table.amax(dim=0)
             print(
-                f"| {rows[0][0]} | {mean[0]:.0f} | {mean[1]:.1%} | {mean[2]:.2f} | {mean[3]:.2g} | {mean[4]:.1f} ({low[4]:.1f}, {high[4]:.1f}) "
-                f"| {mean[5]:.1f} ({low[5]:.1f}, {high[5]:.1f}) |", flush=True
+                f"| {rows[0][0]} | {mean[0]:.0f} | {mean[1]:.1%} | {mean[2]:.2f} | {mean[3]:.2g} "
+                f"| {mean[4]:.1f} ({low[4]:.1f}, {high[4]:.1f}) | {mean[5]:.1f} ({low[5]:.1f}, {high[5]:.1f}) |", flush=True
             )  # fmt: skip
 
 
 def main() -> None:
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()

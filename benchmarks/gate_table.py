@@ -50,6 +50,7 @@ def measure(label_noise: float, seed: int) -> dict:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
