@@ -258,30 +258,20 @@ def test_average_of_figures_is_judged_by_the_average_of_their_nulls():
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
-def test_live_audit_is_what_the_audit_of_that_step_finds(name):
-    recorder = recorded(name, live_audit=20)
-    analysis = ntkscope.analyze(recorder, window=(0, 60))
-    live = analysis.gate.live
-    assert live[:, 0].tolist() == [20.0, 40.0, 60.0]
-    options = None if name == "gated" else ntkscope.AuditOptions(gate="soft", alpha="unbiased")
-    audit = ntkscope.analyze(recorder, window=(0, 60), audit=True if options is None else options).gate.audit
-    steps = {step.step: step for step in audit.steps}
-    row = live[2]  # its channel is that of the snapshot before, five steps earlier
-    step = steps[60]
-    assert float(row[4]) == pytest.approx(step.figures["direction"].observed, abs=0.1)
-    assert float(row[5]) == pytest.approx(step.ungated_direction, abs=0.1)
-    for column, figure in ((1, "precision"), (2, "recall"), (3, "collateral")):
-        assert float(row[column]) == pytest.approx(step.figures[figure].observed, abs=0.15), figure
+def test_live_audits_come_at_their_interval(name):
+    analysis = ntkscope.analyze(recorded(name, live_audit=20), window=(0, 60))
+    assert analysis.gate.live[:, 0].tolist() == [20.0, 40.0, 60.0]
 
 
-def test_live_figures_are_the_definition():
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_live_figures_are_the_definition(name):
     """With a snapshot at every step the channel is that of the step before; the numbers are those of the dense audit with that channel."""
-    recorder = recorded("gated", schedule=1, live_audit=30)
+    recorder = recorded(name, schedule=1, live_audit=30)
     trace = recorder.trace
     keeper = ChannelKeeper([29], "half")
     walk_trajectory(Course(trace, 0, 30, loss=None), target_kernel=None, device=None, progress=None, visit=keeper.visit)
     model, inputs, targets = problem()
-    optimizer = MAKERS["gated"](model)
+    optimizer = MAKERS[name](model)
     other = ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", schedule=[30], drift=None, audit=True)
     other.attach(optimizer)
     train(model, inputs, targets, optimizer, 30, batches=BATCHES)

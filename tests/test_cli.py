@@ -106,7 +106,7 @@ def test_every_demo_runs(optimizer, loss, tmp_path):
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["trustworthy"] or summary["causes"]
-    assert (summary["gate"] is None) == (optimizer != "gated")
+    assert (summary["gate"] is None) == (optimizer == "sgd")
 
 
 def test_no_noise_no_score(tmp_path):

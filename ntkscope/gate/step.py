@@ -66,8 +66,8 @@ def gate_values(
     squared = m_hat.square()
     if kind == "hard":
         return (squared > alpha * s_hat).to(m_hat.dtype)
-    excess = (squared - alpha * s_hat).clamp(min=0.0) if kind == "soft" else squared
-    return excess / (excess + lambda_pop * s_hat + GATE_EPS)
+    excess = squared.sub_(s_hat, alpha=alpha).clamp_(min=0.0) if kind == "soft" else squared
+    return excess.div_(torch.add(excess, s_hat, alpha=lambda_pop).add_(GATE_EPS))
 
 
 def gated_adam_step(

@@ -153,6 +153,17 @@ class Instrument:
         parameters = self.routes.parameters
         return optimizers.mechanics(self.optimizer, parameters, clock, at=dict(parameters), precond=self.precond)
 
+    def ungated(self, clock: optimizers.Clock) -> dict[str, Tensor | float]:
+        """Read the diagonal of M⁰, without gate.
+
+        Args:
+            clock: After the last step.
+
+        Returns:
+            By parameter name.
+        """
+        return optimizers.ungated_diagonals(self.optimizer, self.routes.parameters, clock, precond=self.precond)
+
     def _run(self, inputs: Any) -> Tensor:
         """Run the model."""
         with undisturbed(self.model), torch.no_grad():

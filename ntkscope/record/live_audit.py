@@ -17,7 +17,7 @@ from ntkscope.kernel.model import forward_rows
 from ntkscope.record.audit import GateAudit, mean_decay
 from ntkscope.record.beginning import weights_of
 from ntkscope.record.instrument import Instrument
-from ntkscope.record.optimizers import Clock
+from ntkscope.record.optimizers import Clock, current_gates
 from ntkscope.record.trace import Trace
 from ntkscope.spectrum.eigen import whitened_gramian
 from ntkscope.spectrum.whitening import Whitening, whiten
@@ -27,11 +27,26 @@ DIFFERENCE = 1e-3  # of the weights' norm: curvature and float32 then err by abo
 DISSIPATED = 0.5  # ω above which a direction is signal
 
 
-class Parts(NamedTuple):
-    """A whitened motion on both channels."""
+class Products(NamedTuple):
+    """Inner products of what a gate removes with itself and with the whole motion, and of the motion with itself."""
 
-    signal: Tensor
-    reservoir: Tensor
+    removed: float
+    mixed: float
+    whole: float
+
+    @staticmethod
+    def of(gone: Tensor, whole: Tensor) -> "Products":
+        """Multiply.
+
+        Args:
+            gone: Of any shape.
+            whole: Of the same.
+
+        Returns:
+            The products.
+        """
+        a, b = gone.flatten(), whole.flatten()
+        return Products(float(torch.dot(a, a)), float(torch.dot(a, b)), float(torch.dot(b, b)))
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,21 @@ class _Window:
         """Dimension of R."""
         return len(self.basis)
 
-    def split(self, motion: Float[Tensor, "examples classes"]) -> Parts:
-        """Split an output motion.
+    def products(self, gone: Float[Tensor, "examples classes"], whole: Float[Tensor, "examples classes"]) -> tuple[Products, Products]:
+        """Multiply whitened output motions with one another on both channels.
 
         Args:
-            motion: Of all outputs.
+            gone: What a gate removes of a motion.
+            whole: The motion.
 
         Returns:
-            Its whitened parts.
+            On the signal channel, and on the reservoir.
         """
-        whole = self.whitening.motion(self._stacked(motion)).float()
-        return self._parts(whole)
+        vectors = [self.whitening.motion(self._stacked(motion)).float() for motion in (gone, whole)]
+        inside = Products.of(*((self.basis.T @ vector).double() for vector in vectors))
+        total = Products.of(*(vector.double() for vector in vectors))
+        outside = Products(*(a - b for a, b in zip(total, inside, strict=True)))
+        return (inside, outside) if self._is_signal_kept else (outside, inside)
 
     def signal_gradient(self, gradient: Float[Tensor, "examples classes"]) -> Float[Tensor, "examples classes"]:
         """Project an output gradient onto the signal channel.
@@ -72,13 +91,15 @@ class _Window:
         Returns:
             Π̂ g.
         """
-        part = self._parts(self.whitening.gradient(self._stacked(gradient)).float()).signal
-        return self.whitening.gradient_back(part.double()).view(gradient.shape)
-
-    def _parts(self, whole: Tensor) -> Parts:
-        """Project on the smaller channel; the rest is the other."""
+        whole = self.whitening.gradient(self._stacked(gradient)).float()
         inside = self.basis @ (self.basis.T @ whole)
-        return Parts(inside, whole - inside) if self.rank == self.basis.shape[1] else Parts(whole - inside, inside)
+        signal = inside if self._is_signal_kept else whole - inside
+        return self.whitening.gradient_back(signal.double()).view(gradient.shape)
+
+    @property
+    def _is_signal_kept(self) -> bool:
+        """Whether the basis is the signal channel's."""
+        return self.rank == self.basis.shape[1]
 
     def _stacked(self, field: Tensor) -> Tensor:
         """Stack outputs as the whitening does: by output, or by example in the trace form."""
@@ -98,6 +119,7 @@ class LiveAudit:
         self._window: _Window | None = None
         self._followed = -1  # index of the last snapshot
         self._rows: list[list[float]] = []
+        self._scale: float | None = None  # length of the finite differences, by the weights' norm at the last snapshot
 
     def is_due(self, step: int) -> bool:
         """Say whether a step is to be audited: there must be a signal channel.
@@ -116,6 +138,7 @@ class LiveAudit:
         Args:
             trace: The record so far.
         """
+        self._scale = None
         form = Form(trace.facts.outputs == "trace")
         for position in range(self._followed + 1, len(trace)):
             snapshot = trace[position]
@@ -149,33 +172,37 @@ class LiveAudit:
         """
         assert self._window is not None
         parameters = instrument.routes.parameters
-        state = instrument.mechanics(clock)
         means, variances = audit.moments(instrument.optimizer, parameters)
-        weights = [parameter.detach() for parameter in parameters.values()]
+        diagonals = instrument.ungated(clock)
         mean = [means[name].to(own) for name, own in parameters.items()]
-        precond = [torch.as_tensor(state.ungated[name]).to(own) for name, own in parameters.items()]
-        if state.gates is None:
+        precond = [torch.as_tensor(diagonals[name]).to(own) for name, own in parameters.items()]
+        held = current_gates(instrument.optimizer, parameters)
+        if held is None:
             alpha = (1 - mean_decay(instrument.optimizer)) / (1 + mean_decay(instrument.optimizer))
             options = {"kind": "soft", "alpha": alpha, "lambda_pop": alpha}
             gates = [gate_values(m, variances[name].to(m), **options) for name, m in zip(parameters, mean, strict=True)]
         else:
-            gates = [state.gates[name].to(own) for name, own in parameters.items()]
+            gates = [held[name].to(own) for name, own in parameters.items()]
         ungated = [p * m for p, m in zip(precond, mean, strict=True)]
-        gated = [q * t for q, t in zip(gates, ungated, strict=True)]
-        start, pulled = self._pull(instrument, self._window)
-        target = [p * d for p, d in zip(precond, pulled, strict=True)]
-        length, scale = _norm(ungated), _norm(weights)
-        scale = DIFFERENCE * scale / length if length > 0 else 0.0
-        moved = [self._moved(instrument, start, weights, direction, scale) for direction in (ungated, gated)]
-        before, gone = self._window.split(moved[0]), self._window.split(moved[0] - moved[1])
-        removed = float(_dot(gone.reservoir, gone.reservoir))
+        gated = [q.mul_(t) for q, t in zip(gates, ungated, strict=True)]
+        if self._scale is None:
+            self._scale = DIFFERENCE * _dot(weights := [parameter.detach() for parameter in parameters.values()], weights) ** 0.5
+        squares = [_dot(ungated, ungated), _dot(gated, gated)]
+        scale = self._scale / squares[0] ** 0.5 if squares[0] > 0 else 0.0
+        with undisturbed(instrument.model):
+            start, pulled = self._pull(instrument, self._window)
+            with torch.no_grad():
+                moved = [self._moved(instrument, start, direction, scale) for direction in (ungated, gated)]
+        target = [d.mul_(p) for p, d in zip(precond, pulled, strict=True)]
+        size = _dot(target, target)
+        signal, reservoir = self._window.products(moved[0] - moved[1], moved[0])
         self._rows.append([
             float(clock.step),
-            _ratio(removed, removed + _dot(gone.signal, gone.signal)),
-            _ratio(_dot(gone.reservoir, before.reservoir), _dot(before.reservoir, before.reservoir)),
-            _ratio(_dot(gone.signal, before.signal), _dot(before.signal, before.signal)),
-            _cosine(gated, target),
-            _cosine(ungated, target),
+            _ratio(reservoir.removed, reservoir.removed + signal.removed),
+            _ratio(reservoir.mixed, reservoir.whole),
+            _ratio(signal.mixed, signal.whole),
+            _ratio(_dot(gated, target), (squares[1] * size) ** 0.5),
+            _ratio(_dot(ungated, target), (squares[0] * size) ** 0.5),
         ])
 
     def collect(self) -> Float[Tensor, "audits 6"] | None:
@@ -190,37 +217,24 @@ class LiveAudit:
     def _pull(self, instrument: Instrument, window: "_Window") -> tuple[Tensor, list[Tensor]]:
         """Compute the outputs, and Jᵀ Π̂ g."""
         probe, parameters = instrument.probe, instrument.routes.parameters
-        with undisturbed(instrument.model):
-            outputs = forward_rows(instrument.model, probe.inputs, probe.forward_fn)
-            wanted = window.signal_gradient(probe.loss.gradient(outputs.detach().cpu())).to(outputs)
-            grads = torch.autograd.grad(outputs, list(parameters.values()), wanted, allow_unused=True)
+        outputs = forward_rows(instrument.model, probe.inputs, probe.forward_fn)
+        wanted = window.signal_gradient(probe.loss.gradient(outputs.detach().cpu())).to(outputs)
+        grads = torch.autograd.grad(outputs, list(parameters.values()), wanted, allow_unused=True)
         return outputs.detach(), [
             torch.zeros_like(own) if grad is None else grad for own, grad in zip(parameters.values(), grads, strict=True)
         ]
 
-    def _moved(
-        self, instrument: Instrument, start: Tensor, weights: list[Tensor], direction: list[Tensor], scale: float
-    ) -> Float[Tensor, "examples classes"]:
+    def _moved(self, instrument: Instrument, start: Tensor, direction: list[Tensor], scale: float) -> Float[Tensor, "examples classes"]:
         """Compute J t, times a scale, by a finite difference."""
         probe, parameters = instrument.probe, instrument.routes.parameters
-        state = {name: torch.add(own, t, alpha=-scale) for name, own, t in zip(parameters, weights, direction, strict=True)}
-        with undisturbed(instrument.model), weights_of(instrument.model, state), torch.no_grad():
+        state = {name: torch.add(own, t, alpha=-scale) for (name, own), t in zip(parameters.items(), direction, strict=True)}
+        with weights_of(instrument.model, state):
             return (forward_rows(instrument.model, probe.inputs, probe.forward_fn) - start).cpu()
 
 
-def _dot(first: Tensor, second: Tensor) -> float:
-    """Multiply and add up."""
-    return float(torch.dot(first.flatten(), second.flatten()))
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    """Compute the norm of all of them together."""
-    return sum(_dot(tensor, tensor) for tensor in tensors) ** 0.5
-
-
-def _cosine(first: list[Tensor], second: list[Tensor]) -> float:
-    """Compute a cosine."""
-    return _ratio(sum(_dot(a, b) for a, b in zip(first, second, strict=True)), _norm(first) * _norm(second))
+def _dot(first: list[Tensor], second: list[Tensor]) -> float:
+    """Multiply and add up over all parameters."""
+    return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in zip(first, second, strict=True))
 
 
 def _ratio(above: float, below: float) -> float:

@@ -4,7 +4,7 @@ theory.md section 2, "Real optimizers". Time is what the optimizer did, not its 
 dampening d adds lr * c_t with c_1 = 1, c_t = β c_{t−1} + (1 − d), Nesterov lr * (1 + β c_t); the Adam family adds lr.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,36 +195,70 @@ def mechanics(
     Returns:
         The mechanics.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    diagonal: dict[str, Tensor | float] = {}
+    plain, gates = ungated_diagonals(optimizer, parameters, clock, precond=precond), current_gates(optimizer, parameters)
+    diagonal = dict(plain)
     decay: dict[str, Tensor] = {}
     opened: dict[str, float] = {}
-    plain: dict[str, Tensor | float] = {}
-    gates: dict[str, Tensor] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        share = clock.share(index)
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            ungated = precond(optimizer, parameter) if precond is not None else _ungated(optimizer, group, parameter)
-            applied = ungated
-            if isinstance(optimizer, GatedAdamW):
-                gate = optimizer.gate_of(parameter)
-                gates[name] = gate
-                opened[name] = float((gate > 0.5).double().mean())
-                applied = ungated * gate.to(dtype=torch.float32) if not isinstance(ungated, Tensor) else ungated * gate.to(ungated)
-            diagonal[name] = applied * share
-            plain[name] = ungated * share
-            strength = float(group.get("weight_decay", 0.0))
-            if strength:
-                weight = at[name].detach()
-                if group.get("decay") == "gated":
-                    weight = weight * gates[name].to(weight)
-                decay[name] = strength * share * (weight * ungated if _is_coupled(optimizer, group) else weight)
+    for index, group, name, _ in _held(optimizer, parameters):
+        if gates is not None:
+            gate, ungated = gates[name], plain[name]
+            opened[name] = float((gate > 0.5).double().mean())
+            diagonal[name] = ungated * (gate.to(ungated) if isinstance(ungated, Tensor) else gate.to(torch.float32))
+        strength = float(group.get("weight_decay", 0.0))
+        if strength:
+            weight = at[name].detach()
+            if group.get("decay") == "gated" and gates is not None:
+                weight = weight * gates[name].to(weight)
+            decay[name] = strength * (weight * plain[name] if _is_coupled(optimizer, group) else clock.share(index) * weight)
     still = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if name not in decay}
     shares = torch.tensor([opened[name] for name in parameters], dtype=torch.float64) if opened else None
-    return Mechanics(diagonal, decay | still if decay else None, shares, plain, gates or None)
+    return Mechanics(diagonal, decay | still if decay else None, shares, plain, gates)
+
+
+def ungated_diagonals(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter], clock: Clock, *, precond: PrecondFn | None
+) -> dict[str, Tensor | float]:
+    """Read the diagonal of M⁰ from the optimizer's state after its step.
+
+    Args:
+        optimizer: The user's.
+        parameters: Trained parameters, by name.
+        clock: After the tick of that step.
+        precond: A user's M.
+
+    Returns:
+        By name, scaled by how fast the parameter's group moved.
+    """
+    found: dict[str, Tensor | float] = {}
+    for index, group, name, parameter in _held(optimizer, parameters):
+        own = precond(optimizer, parameter) if precond is not None else _ungated(optimizer, group, parameter)
+        share = clock.share(index)
+        found[name] = own if share == 1.0 else own * share
+    return found
+
+
+def current_gates(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
+    """Read q from the optimizer's state after its step.
+
+    Args:
+        optimizer: The user's.
+        parameters: Trained parameters, by name.
+
+    Returns:
+        By name; None without a gate.
+    """
+    if not isinstance(optimizer, GatedAdamW):
+        return None
+    return {name: optimizer.gate_of(parameter) for _, _, name, parameter in _held(optimizer, parameters)}
+
+
+def _held(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[int, dict[str, Any], str, nn.Parameter]]:
+    """Go through the trained parameters that an optimizer holds: number of the group, group, name, parameter."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                yield index, group, names[id(parameter)], parameter
 
 
 def was_skipped(optimizer: Optimizer) -> bool:
@@ -268,7 +302,7 @@ def _ungated(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Paramete
         return 0.0  # no gradient so far: Adam has not moved it
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
-    return 1 / ((second.float() if second.dtype != torch.float64 else second).div(correction).sqrt() + group["eps"])
+    return (second.float() if second.dtype != torch.float64 else second).div(correction).sqrt_().add_(group["eps"]).reciprocal_()
 
 
 def _is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
