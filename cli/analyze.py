@@ -68,13 +68,18 @@ def analyze(
         from .terminal import show
 
         audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=parse_alpha(alpha))  # pyright: ignore[reportArgumentType]
+        network, probe = None if model is None else load_model(model), None if data is None else load_data(data)
+        source = paths if network is not None or probe is not None or len(paths) != 1 else paths[0]
+        if isinstance(audit, ntkscope.AuditOptions) and network is not None:
+            price = ntkscope.price_audit(source, model=network, data=probe, audit=audit)
+            if price is not None and not quiet:
+                typer.echo(price.describe(), err=True)
         where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        is_bare = model is not None or data is not None
         with progress_bar("analyzing", quiet=quiet) as progress:
             analysis = ntkscope.analyze(
-                paths if is_bare or len(paths) != 1 else paths[0],
-                model=None if model is None else load_model(model),
-                data=None if data is None else load_data(data),
+                source,
+                model=network,
+                data=probe,
                 query=None if query is None else load_data(query),
                 loss=loss,
                 times=asked_times,

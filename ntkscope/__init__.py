@@ -1,7 +1,8 @@
 """What a neural network has learned, and what it has merely stored."""
 
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, UserError
-from ntkscope.analysis import analyze
+from ntkscope.analysis import analyze, price_audit
+from ntkscope.audit_price import AuditPrice
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
 from ntkscope.dynamics.diffusion import Diffusion
@@ -11,6 +12,7 @@ from ntkscope.dynamics.transfer import Fit, Transfer
 from ntkscope.gate.audit_options import AuditOptions
 from ntkscope.gate.audit_results import LayerAudit, SpectralGate, StepAudit
 from ntkscope.gate.compared import Compared
+from ntkscope.gate.gate_statistics import GateShare, OptimizerGateStatistics
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.gate.population_risk import PopulationRisk, RiskRate, correlation_with_heldout, population_risk, streaming_population_risk
 from ntkscope.gate.step import gate_values, gated_adam_step
@@ -68,9 +70,11 @@ __all__ = [
     "Truncation",
     "Uncertainty",
     # gate
+    "GateShare",
     "GatedAdamW",
     "GradientMoments",
     "MicrobatchVariance",
+    "OptimizerGateStatistics",
     "PopulationRisk",
     "RiskRate",
     "StreamingMoments",
@@ -88,6 +92,7 @@ __all__ = [
     "streaming_variance",
     # audit of the gate
     "AuditOptions",
+    "AuditPrice",
     "Compared",
     "GateAudit",
     "LayerAudit",
@@ -110,6 +115,7 @@ __all__ = [
     "JumpErrors",
     "JumpStudy",
     "analyze",
+    "price_audit",
     "jump_study",
     # errors
     "InputError",

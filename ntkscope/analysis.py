@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ntkscope._checks import InputError, check_choice, check_device
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import LossFn
+from ntkscope.audit_price import AuditPrice, check_price, price_of
 from ntkscope.auditing import AuditedModel, ChannelKeeper, audit_run, audited_positions
 from ntkscope.course import Course
 from ntkscope.dynamics.agreement import GradientAgreement
@@ -144,7 +145,9 @@ def analyze(
     audited, audit_reason = _audited_model(source, trace, model, data, options, start)
     keeper = None
     if options is not None and audited is not None:
-        keeper = ChannelKeeper(audited_positions(trace, start, options.num_steps), cutoff)
+        positions = audited_positions(trace, start, options.num_steps)
+        check_price(price_of(trace.facts, audited, len(positions), options), max_memory)
+        keeper = ChannelKeeper(positions, cutoff)
     walk = walk_trajectory(
         course, target_kernel=target_kernel(trace), device=device, progress=progress, visit=None if keeper is None else keeper.visit
     )
@@ -197,6 +200,35 @@ def _audited_model(
     if data is not None and hash_of(*data) != trace.facts.probe_hash:
         raise InputError("`data` is not the probe of this record (inputs or targets differ). Give what the recorder was given.")
     return AuditedModel(model, to_device(inputs, next(model.parameters()).device), None), ""
+
+
+def price_audit(
+    source: str | Path | Sequence[str | Path] | Trace | Recorder,
+    *,
+    model: nn.Module | None = None,
+    data: tuple[Any, Tensor] | None = None,
+    audit: AuditOptions | None = None,
+) -> AuditPrice | None:
+    """Say what the audit in `analyze` will take, before it is run.
+
+    Args:
+        source: As for `analyze`; recorded.
+        model: As for `analyze`.
+        data: As for `analyze`.
+        audit: As for `analyze`.
+
+    Returns:
+        The price; None where no audit will be run.
+
+    Raises:
+        InputError: If the source cannot be read.
+    """
+    options = AuditOptions() if audit is None else audit
+    trace = trace_of(source) if isinstance(source, Trace | Recorder) or model is None else find_trace(source)
+    if trace is None:
+        return None
+    audited, _ = _audited_model(source, trace, model, data, options, 0)
+    return None if audited is None else price_of(trace.facts, audited, len(audited_positions(trace, 0, options.num_steps)), options)
 
 
 def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:

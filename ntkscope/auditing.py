@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, format_bytes
+from ntkscope._checks import InputError
 from ntkscope._types import ForwardFn, GateKind
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.loss import ProbeLoss, bind_loss
@@ -25,8 +25,8 @@ from ntkscope.gate.variance_ratio import compare_variances
 from ntkscope.gate.verdict import GateAudit, RiskCurve, average_figures, decay_warning, judge
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.capture import undisturbed
-from ntkscope.kernel.columns import Columns, columns_of, jacobian_bytes, whole_jacobian
-from ntkscope.kernel.coverage import Coverage, probe_routes
+from ntkscope.kernel.columns import Columns, columns_of, whole_jacobian
+from ntkscope.kernel.coverage import probe_routes
 from ntkscope.kernel.model import forward_rows
 from ntkscope.kernel.moments import make_pulled_readout, moments_of
 from ntkscope.record.beginning import State, weights_of
@@ -138,7 +138,6 @@ def audit_run(
     rule = Rule.of(trace.facts, options)
     parameters = _parameters(trace.facts, audited.model)
     budget = DEFAULT_MEMORY if max_memory is None else max_memory
-    _check_memory(trace.facts, options, budget)
     steps: list[StepAudit] = []
     warnings: list[str] = []
     for done, (position, channel) in enumerate(keeper.channels.items()):
@@ -357,48 +356,3 @@ def _state_of(snapshot: Snapshot, facts: RunFacts, model: nn.Module) -> State:
         parts = snapshot.audit_buffers.split([value.numel() for value in buffers.values()])
         state |= {name: part.view(value.shape).to(value) for (name, value), part in zip(buffers.items(), parts, strict=True)}
     return state
-
-
-def _check_memory(facts: RunFacts, options: AuditOptions, budget: int) -> None:
-    """Price what the permutations take beside the Jacobian."""
-    largest = max(facts.parameter_sizes)
-    needed = 16 * (1 + options.num_permutations) * largest
-    if needed > 4 * budget:
-        raise InputError(
-            f"{options.num_permutations} permutations of the {largest:,} gates of one tensor take {format_bytes(needed)}. "
-            "Raise max_memory, or ask for fewer permutations."
-        )
-
-
-@dataclass(frozen=True)
-class AuditPrice:
-    """What an audit will take.
-
-    Attributes:
-        num_steps: Audited steps.
-        multiply_adds: In all.
-        num_bytes: At the peak, without the analysis itself.
-    """
-
-    num_steps: int
-    multiply_adds: float
-    num_bytes: int
-
-
-def price_audit(facts: RunFacts, coverage: Coverage, num_steps: int, options: AuditOptions) -> AuditPrice:
-    """Price an audit before it starts.
-
-    Args:
-        facts: Of the run.
-        coverage: From `probe_routes`.
-        num_steps: Audited steps.
-        options: The user's.
-
-    Returns:
-        The price.
-    """
-    num_outputs = facts.num_examples * facts.num_classes
-    width = facts.num_examples if facts.outputs == "trace" else num_outputs
-    per_entry = num_outputs * (width + options.num_permutations + facts.num_examples + facts.num_classes)
-    held = jacobian_bytes(coverage, facts.num_examples) + 16 * (1 + options.num_permutations) * max(facts.parameter_sizes)
-    return AuditPrice(num_steps, float(num_steps) * per_entry * facts.num_params, held + 8 * (num_steps + 6) * width**2)

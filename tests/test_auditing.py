@@ -229,6 +229,22 @@ def test_too_many_permutations_are_refused_with_numbers():
         ntkscope.analyze(recorder, audit=ntkscope.AuditOptions(num_permutations=10**9), max_memory=2**30)
 
 
+def test_an_audit_is_priced_before_it_runs():
+    recorder = recorded("gated")
+    price = ntkscope.price_audit(recorder, audit=ntkscope.AuditOptions(num_steps=3, num_permutations=50))
+    assert (price.num_steps, price.num_permutations) == (3, 50)
+    facts = recorder.trace.facts
+    outputs, params = facts.num_examples * facts.num_classes, facts.num_params
+    # Per parameter and step: its column on the channel, the permuted gates' kernels, its motions by example and class.
+    assert price.multiply_adds == 3 * params * outputs * (outputs + 50 + facts.num_examples + facts.num_classes)
+    twice = ntkscope.price_audit(recorder, audit=ntkscope.AuditOptions(num_steps=3, num_permutations=100))
+    assert twice.peak_bytes - price.peak_bytes == 16 * 50 * max(facts.parameter_sizes)
+    assert price.seconds > 0
+    assert "Auditing the gate: 3 steps, 50 permutations, about" in price.describe()
+    assert ntkscope.price_audit(recorder.trace) is None  # no model
+    assert ntkscope.price_audit(record(MAKERS["sgd"], steps=4)) is None  # no audit data
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

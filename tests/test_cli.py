@@ -109,6 +109,21 @@ def test_every_demo_runs(optimizer, loss, tmp_path):
     assert (summary["gate"] is None) == (optimizer == "sgd")
 
 
+def test_an_audit_from_the_shell_says_its_price_first(tmp_path):
+    out = tmp_path / "out"
+    assert run("demo", "--out", out, "--examples", 20, "--steps", 25, "--optimizer", "adamw").exit_code == 0
+    spec = tmp_path / "net.py"
+    spec.write_text("from ntkscope.experiments.demo import make_model\n\ndef make():\n    return make_model(0)\n")
+    common = ("analyze", out / "checkpoint.pt", "--out", tmp_path / "found", "--model", f"{spec}:make")
+    result = run(*common, "--gate", "hard", "--alpha", "1")
+    assert result.exit_code == 0, result.output
+    assert "Auditing the gate: " in result.stderr
+    assert " permutations, about " in result.stderr
+    audit = json.loads((tmp_path / "found" / "summary.json").read_text())["gate"]["audit"]
+    assert (audit["gate"], audit["alpha"]) == ("hard", 1.0)
+    assert run(*common, "--no-audit", "--quiet").stderr == ""
+
+
 def test_no_noise_no_score(tmp_path):
     assert run("demo", "--out", tmp_path / "out", "--examples", 20, "--steps", 20, "--label-noise", 0).exit_code == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["auroc"] is None
