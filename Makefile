@@ -28,6 +28,12 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.jumps
 	$(BIN)/python -m benchmarks.diffusion
 	$(BIN)/python -m benchmarks.uncertainty
+	$(BIN)/python -m benchmarks.gate_step
+	$(BIN)/python -m benchmarks.live_audit
+	$(BIN)/python -m benchmarks.audit_time
+	$(BIN)/python -m benchmarks.variance_backends
+	$(BIN)/python -m benchmarks.gate_table
+	$(BIN)/python -m benchmarks.gate_calibration
 	-$(BIN)/python -m benchmarks.fashion_trace
 
 # Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.

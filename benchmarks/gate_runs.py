@@ -1,6 +1,6 @@
 """Digits runs for the studies of the gate: the demo's MLP and data, other batch sizes, optimizers and lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +42,27 @@ def make_optimizer(model: nn.Module, setting: Setting, **gate: object) -> torch.
     return ntkscope.GatedAdamW(model.parameters(), lr=LEARNING_RATE, betas=betas, **gate)  # pyright: ignore[reportArgumentType]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: DigitsData, setting: Setting, num_steps: int) -> None:
-    """Train on the squared loss, half its mean over examples; batches drawn with replacement."""
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: DigitsData,
+    setting: Setting,
+    num_steps: int,
+    *,
+    every: int = 0,
+    look: Callable[[], None] | None = None,
+) -> None:
+    """Train on the squared loss, half its mean over examples; batches drawn with replacement. `look` comes after every `every` steps."""
     targets = one_hot(data.labels)
     generator = torch.Generator().manual_seed(setting.seed)
-    for _ in range(num_steps):
+    for step in range(num_steps):
         rows = torch.randint(len(targets), (setting.batch_size,), generator=generator)
         optimizer.zero_grad()
         loss = 0.5 * (model(data.inputs[rows]) - targets[rows]).square().sum(dim=1).mean()
         loss.backward()
         optimizer.step()
+        if look is not None and (step + 1) % every == 0:
+            look()
 
 
 def record(setting: Setting, num_steps: int, **gate: object) -> ntkscope.Recorder:

@@ -47,6 +47,11 @@ def reach(analysis: AnalysisLike) -> list[str]:
     return sentences
 
 
+ABOUT_CHANNELS = (
+    "This is about channels of the probe, not about test accuracy: where we measured both, one did not predict the other (docs/gate.md)."
+)
+
+
 def gating(analysis: AnalysisLike) -> list[str]:
     """Say whether the gate helps, and how well population risk was predicted; empty where nothing was audited.
 
@@ -59,7 +64,7 @@ def gating(analysis: AnalysisLike) -> list[str]:
     audit = None if analysis.gate is None else analysis.gate.audit
     if audit is None:
         return []
-    sentences = [audit.verdict.sentence, *audit.warnings]
+    sentences = [audit.verdict.sentence, ABOUT_CHANNELS, *audit.warnings]
     found = None if audit.risk is None else audit.risk.correlation
     if found is not None and found.spearman is not None:
         sentences.append(
