@@ -30,6 +30,7 @@ def summarize(analysis: Any) -> dict[str, Any]:
             "final_by_parameter": {name: float(share[-1]) for name, share in analysis.gate.by_parameter.items()},
             "audit": None if analysis.gate.audit is None else _audit(analysis.gate.audit),
             "audit_reason": analysis.gate.audit_reason,
+            "live": None if analysis.gate.live is None else analysis.gate.live.tolist(),
         }
     return _jsonable({
         "schema": SCHEMA,
