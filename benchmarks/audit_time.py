@@ -40,7 +40,7 @@ def main() -> None:
     assert analysis.gate.audit is not None
     steps = len(analysis.gate.audit.steps)
     print(
-        f"{recorder.num_params:,} parameters, {steps} audited steps, {torch.get_num_threads()} threads: analysis {plain:.1f} s, with the "
+        f"{recorder.trace.facts.num_params:,} parameters, {steps} audited steps, {torch.get_num_threads()} threads: analysis {plain:.1f} s, with the "
         f"audit {audited:.1f} s (asked {ASKED:.0f} in all): {'ok' if audited < ASKED and steps == options.num_steps else 'NO'}; "
         f"audit {audited - plain:.1f} s, priced at {price.seconds:.1f} s"
     )

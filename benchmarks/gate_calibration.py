@@ -35,6 +35,7 @@ OWN = {
     "gated hard, alpha_U": {"gate": "hard", "alpha": "unbiased"},
 }
 NUM_AUDITED = 10
+PHASES = ((3, 9), (10, 60), (61, 300), (301, 1500))
 
 Rows = dict[str, list[tuple[int, int, float, float, float, float, float]]]
 
@@ -69,6 +70,20 @@ def show(name: str, runs: list[Rows]) -> None:
             )  # fmt: skip
 
 
+def summarize(jobs: dict[str, list[Rows]]) -> None:
+    """Print one line per setting and gate: z of precision and of advantage, averaged over seeds and the steps of a phase."""
+    print("\n### In short: z of precision / z of advantage\n")
+    print("| setting | gate | seeds | " + " | ".join(f"steps {low} to {high}" for low, high in PHASES) + " |")
+    print("| --- | --- | --- " + "| --- " * len(PHASES) + "|")
+    for name, runs in jobs.items():
+        for gate in runs[0]:
+            cells = []
+            for low, high in PHASES:
+                rows = torch.tensor([row[5:] for run in runs for row in run[gate] if low <= row[0] <= high], dtype=torch.float64)
+                cells.append(" / ".join(f"{value:.1f}" for value in rows.reshape(-1, 2).nanmean(dim=0).tolist()))
+            print(f"| {name} | {gate} | {len(runs)} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,8 +97,10 @@ def main() -> None:
             for name, (setting, num) in SETTINGS.items()
         }
         jobs |= {name: [pool.submit(measure, replace(BASE, seed=seed), own) for seed in range(5)] for name, own in OWN.items()}
-        for name, futures in jobs.items():
-            show(name, [future.result() for future in futures])
+        found = {name: [future.result() for future in futures] for name, futures in jobs.items()}
+    for name, runs in found.items():
+        show(name, runs)
+    summarize(found)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> None:
                 wins, best_wins = (f"{int((a > b).sum())} of {len(runs)}" for a, b in ((accuracy, plain), (best, plain_best)))
             print(
                 f"| {noise:.0%} | {name} | {accuracy.mean():.3f} ± {accuracy.std():.3f} | {wins} | {best.mean():.3f} | {best_wins} "
-                f"| {memorized:.0%} | {verdicts} | {z} |"
+                f"| {'-' if noise == 0 else f'{memorized:.0%}'} | {verdicts} | {z} |"
             )
     for name in GATES:
         pairs = [(run[f"verdict {name}"][1], run[name][0] - run["adamw"][0]) for run in results.values()]

@@ -14,6 +14,7 @@ from ntkscope.kernel.coverage import probe_routes
 from ntkscope.record.facts import RunFacts
 
 SAMPLE_COLUMNS = 512
+DECOMPOSITION = 20  # multiply-adds of products that take as long as a singular value decomposition, over N³ (measured at N = 1000)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def price_of(facts: RunFacts, audited: AuditedModel, num_steps: int, options: Au
     num_outputs = facts.num_examples * facts.num_classes
     width = facts.num_examples if facts.outputs == "trace" else num_outputs
     per_parameter = num_outputs * (width + options.num_permutations + facts.num_examples + facts.num_classes)
-    multiply_adds = float(num_steps) * per_parameter * facts.num_params
+    multiply_adds = float(num_steps) * (per_parameter * facts.num_params + DECOMPOSITION * width**3)
     held = jacobian_bytes(coverage, facts.num_examples) + 16 * (1 + options.num_permutations) * max(facts.parameter_sizes)
     return AuditPrice(
         num_steps=num_steps,

@@ -235,8 +235,9 @@ def test_an_audit_is_priced_before_it_runs():
     assert (price.num_steps, price.num_permutations) == (3, 50)
     facts = recorder.trace.facts
     outputs, params = facts.num_examples * facts.num_classes, facts.num_params
-    # Per parameter and step: its column on the channel, the permuted gates' kernels, its motions by example and class.
-    assert price.multiply_adds == 3 * params * outputs * (outputs + 50 + facts.num_examples + facts.num_classes)
+    # Per parameter and step: its column on the channel, the permuted gates' kernels, its motions by example and class; and one SVD.
+    products = params * outputs * (outputs + 50 + facts.num_examples + facts.num_classes)
+    assert price.multiply_adds == 3 * (products + 20 * outputs**3)
     twice = ntkscope.price_audit(recorder, audit=ntkscope.AuditOptions(num_steps=3, num_permutations=100))
     assert twice.peak_bytes - price.peak_bytes == 16 * 50 * max(facts.parameter_sizes)
     assert price.seconds > 0
