@@ -38,9 +38,9 @@ def main() -> None:
     audited, analysis = seconds(recorder, options)
     assert analysis.gate is not None
     assert analysis.gate.audit is not None
-    steps = len(analysis.gate.audit.steps)
+    steps, facts = len(analysis.gate.audit.steps), recorder.trace.facts
     print(
-        f"{recorder.trace.facts.num_params:,} parameters, {steps} audited steps, {torch.get_num_threads()} threads: analysis {plain:.1f} s, with the "
+        f"{facts.num_params:,} parameters, {steps} audited steps, {torch.get_num_threads()} threads: analysis {plain:.1f} s, with the "
         f"audit {audited:.1f} s (asked {ASKED:.0f} in all): {'ok' if audited < ASKED and steps == options.num_steps else 'NO'}; "
         f"audit {audited - plain:.1f} s, priced at {price.seconds:.1f} s"
     )
