@@ -128,7 +128,7 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) 
         say(f"... and {hidden} more: see the report, or .closure.causes and .warnings.", indent="! ")
     audited = gating(analysis)
     if audited and analysis.gate is not None:
-        head("Would gating help?" if analysis.gate.audit.is_counterfactual else "The gate")
+        head("What would gating do?" if analysis.gate.audit.is_counterfactual else "The gate")
         say(" ".join(audited[: limits.gate]))
     scores = shown_scores(analysis, TERMINAL_SCORES)
     rows = suspects(analysis, scores, limits.suspects)
