@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gate_runs import Setting, record
-from ntkscope.auditing import ChannelKeeper, _parameters, _split, _state_of, audited_positions
+from ntkscope.auditing import ChannelKeeper, _split, _state_of, audited_positions, trained_parameters
 from ntkscope.course import Course
 from ntkscope.gate.channel import Channel
 from ntkscope.gate.step import gate_values
@@ -35,7 +35,7 @@ Rows = dict[tuple[int, str], list[float]]
 
 def coordinates(recorder, trace, position: int, channel: Channel) -> tuple[Tensor, list[int]]:  # ruff: ignore[missing-type-function-argument]
     """Compute all columns of J at a snapshot in the channel's directions, and the sizes of the tensors."""
-    parameters = _parameters(trace.facts, recorder.model)
+    parameters = trained_parameters(trace.facts, recorder.model)
     with weights_of(recorder.model, _state_of(trace[position], trace.facts, recorder.model)), undisturbed(recorder.model):
         routes, coverage = probe_routes(recorder.model, recorder.probe.inputs, params=list(parameters))
         jacobian = whole_jacobian(recorder.model, recorder.probe.inputs, routes=routes, coverage=coverage, budget=DEFAULT_MEMORY)
@@ -69,7 +69,7 @@ def measure(seed: int) -> Rows:
             continue
         jacobian, sizes = coordinates(recorder, trace, position, channel)
         live = jacobian.square().sum(dim=0) > 0
-        parameters = _parameters(trace.facts, recorder.model)
+        parameters = trained_parameters(trace.facts, recorder.model)
         mean, variance, precond = (
             torch.cat([part.flatten() for part in _split(value, parameters).values()])
             for value in (snapshot.audit_mean, snapshot.audit_variance, snapshot.audit_precond)

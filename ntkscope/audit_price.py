@@ -7,7 +7,7 @@ import torch
 
 from ntkscope._checks import InputError, format_bytes
 from ntkscope._display import Displayed
-from ntkscope.auditing import AuditedModel
+from ntkscope.auditing import AuditedModel, trained_parameters
 from ntkscope.gate.audit_options import AuditOptions
 from ntkscope.kernel.columns import jacobian_bytes
 from ntkscope.kernel.coverage import probe_routes
@@ -58,8 +58,12 @@ def price_of(facts: RunFacts, audited: AuditedModel, num_steps: int, options: Au
 
     Returns:
         The price.
+
+    Raises:
+        InputError: If the model is another one.
     """
-    _, coverage = probe_routes(audited.model, audited.inputs, params=list(facts.parameters), forward_fn=audited.forward_fn)
+    names = list(trained_parameters(facts, audited.model))
+    _, coverage = probe_routes(audited.model, audited.inputs, params=names, forward_fn=audited.forward_fn)
     num_outputs = facts.num_examples * facts.num_classes
     width = facts.num_examples if facts.outputs == "trace" else num_outputs
     per_parameter = num_outputs * (width + options.num_permutations + facts.num_examples + facts.num_classes)

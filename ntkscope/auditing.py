@@ -136,7 +136,7 @@ def audit_run(
         InputError: If the model is another one, or there is nothing to audit.
     """
     rule = Rule.of(trace.facts, options)
-    parameters = _parameters(trace.facts, audited.model)
+    parameters = trained_parameters(trace.facts, audited.model)
     budget = DEFAULT_MEMORY if max_memory is None else max_memory
     steps: list[StepAudit] = []
     warnings: list[str] = []
@@ -325,8 +325,19 @@ def risk_curve(trace: Trace, loss: ProbeLoss | None) -> RiskCurve | None:
     )
 
 
-def _parameters(facts: RunFacts, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the trained parameters of the run in the model."""
+def trained_parameters(facts: RunFacts, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Find the trained parameters of the run in the model.
+
+    Args:
+        facts: Of the run.
+        model: The model that was trained.
+
+    Returns:
+        Parameters by name, in the record's order.
+
+    Raises:
+        InputError: If one is missing or of another size.
+    """
     own = dict(model.named_parameters())
     wrong = [
         name for name, size in zip(facts.parameters, facts.parameter_sizes, strict=True) if name not in own or own[name].numel() != size
@@ -347,7 +358,7 @@ def _split(values: Tensor | None, parameters: dict[str, nn.Parameter]) -> dict[s
 
 def _state_of(snapshot: Snapshot, facts: RunFacts, model: nn.Module) -> State:
     """Put the recorded weights and buffers of a snapshot into the form of `weights_of`."""
-    parameters = _parameters(facts, model)
+    parameters = trained_parameters(facts, model)
     state: State = {name: part.to(parameters[name]) for name, part in _split(snapshot.audit_weights, parameters).items()}
     if snapshot.audit_buffers is not None:
         buffers = {name: value for name, value in model.named_buffers() if value.is_floating_point()}

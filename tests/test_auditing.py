@@ -11,7 +11,7 @@ from record_case import problem, record, train
 from torch import nn
 
 import ntkscope
-from ntkscope.auditing import AuditedModel, ChannelKeeper, Rule, _audit_snapshot, _parameters
+from ntkscope.auditing import AuditedModel, ChannelKeeper, Rule, _audit_snapshot, trained_parameters
 from ntkscope.course import Course
 from ntkscope.gate.compared import compare, mean_over
 from ntkscope.gate.step import gate_values
@@ -295,7 +295,7 @@ def test_live_figures_are_the_definition(name):
     snapshot = other.trace[-1]
     options = ntkscope.AuditOptions(num_permutations=2)
     audit, _ = _audit_snapshot(
-        snapshot, keeper.channels[29], AuditedModel(model, inputs, None), _parameters(trace.facts, model),
+        snapshot, keeper.channels[29], AuditedModel(model, inputs, None), trained_parameters(trace.facts, model),
         Rule.of(trace.facts, options), options, 2**30,
     )  # fmt: skip
     live = ntkscope.analyze(recorder, window=(0, 60)).gate.live[0]
