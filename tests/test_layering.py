@@ -23,6 +23,7 @@ LAYERS = [
     ["findings"],
     ["uncertainty"],
     ["auditing"],
+    ["audit_price"],
     ["summary"],
     ["results"],
     ["tables"],
