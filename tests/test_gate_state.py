@@ -218,9 +218,7 @@ def test_statistics_before_a_step_and_without_the_option():
 
 def test_the_recorder_sees_gated_decay():
     (weight,) = parameters_of([(60,)])
-    plain, gated = (
-        GatedAdamW([weight], gate="hard", alpha=0.3, weight_decay=0.3, decay=decay, gate_warmup=0) for decay in ("plain", "gated")
-    )
+    plain, gated = (GatedAdamW([weight], gate="snr", weight_decay=0.3, decay=decay, gate_warmup=0) for decay in ("plain", "gated"))
     seen = []
     for optimizer in (plain, gated):
         for step in range(3):
@@ -231,5 +229,5 @@ def test_the_recorder_sees_gated_decay():
         at = {"w": torch.ones(60, dtype=torch.float64)}
         seen.append(mechanics(optimizer, {"w": weight}, clock, at=at, precond=None).decay["w"])
         assert 0 < float(optimizer.gate_of(weight).mean()) < 1
-    assert_close(seen[0], torch.full((60,), 0.3))
+    assert_close(seen[0], torch.full((60,), 0.3, dtype=torch.float64))
     assert_close(seen[1], 0.3 * gated.gate_of(weight))
