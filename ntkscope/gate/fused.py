@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -79,6 +79,17 @@ def _step_slots(tensors, rows, constants):  # ruff: ignore[missing-type-function
         elementwise_step(*parts, row, constants)
 
 
+def _only_lengths(guards: Sequence[Any]) -> list[bool]:
+    """Keep the guards on lengths: traced again on other tensors (`torch._dynamo.reset`), torch may take equal lengths for one.
+
+    All else that a kernel depends on it is compiled for once each; checking it at every call would cost more than the call.
+
+    Returns:
+        Which to keep.
+    """
+    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
+
+
 @cache
 def compiled_kernel(
     constants: Constants, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], device: torch.device, *, threads: int, slots: int
@@ -113,7 +124,7 @@ def compiled_kernel(
         function,
         fullgraph=True,
         dynamic=True,
-        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False, "alignment_asserts": False},
+        options={"guard_filter_fn": _only_lengths, "size_asserts": False, "alignment_asserts": False},
     )
 
     def parts(length: int) -> Parts:
