@@ -62,6 +62,7 @@ def analyze(
         import torch
 
         import ntkscope
+        from ntkscope.record.source import find_trace
         from ntkscope.record.spec import load_data, load_model
 
         from .progress import progress_bar
@@ -69,10 +70,11 @@ def analyze(
 
         audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=parse_alpha(alpha))  # pyright: ignore[reportArgumentType]
         network, probe = None if model is None else load_model(model), None if data is None else load_data(data)
-        source = paths if network is not None or probe is not None or len(paths) != 1 else paths[0]
-        if isinstance(audit, ntkscope.AuditOptions) and network is not None:
+        is_bare = network is not None or probe is not None
+        source = (find_trace(paths) or paths) if is_bare else paths[0] if len(paths) == 1 else paths
+        if isinstance(audit, ntkscope.AuditOptions) and isinstance(source, ntkscope.Trace) and not quiet:
             price = ntkscope.price_audit(source, model=network, data=probe, audit=audit)
-            if price is not None and not quiet:
+            if price is not None:
                 typer.echo(price.describe(), err=True)
         where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         with progress_bar("analyzing", quiet=quiet) as progress:

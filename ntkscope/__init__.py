@@ -1,8 +1,8 @@
 """What a neural network has learned, and what it has merely stored."""
 
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, UserError
-from ntkscope.analysis import analyze, price_audit
-from ntkscope.audit_price import AuditPrice
+from ntkscope.analysis import analyze
+from ntkscope.audit_price import AuditPrice, price_audit
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
 from ntkscope.dynamics.diffusion import Diffusion

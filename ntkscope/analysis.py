@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ntkscope._checks import InputError, check_choice, check_device
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import LossFn
-from ntkscope.audit_price import AuditPrice, check_price, price_of
-from ntkscope.auditing import AuditedModel, ChannelKeeper, audit_run, audited_positions
+from ntkscope.audit_price import audited_model, check_price, price_of
+from ntkscope.auditing import ChannelKeeper, audit_run, audited_positions
 from ntkscope.course import Course
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Circumstances, Closure, measure_closure
@@ -35,8 +35,6 @@ from ntkscope.findings import (
     transfer_of,
 )
 from ntkscope.gate.audit_options import AuditOptions
-from ntkscope.kernel.batch import to_device
-from ntkscope.record.probe import hash_of
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.rescale import rescaled
 from ntkscope.record.source import find_trace, open_source
@@ -142,7 +140,7 @@ def analyze(
     bound = loss_of(trace, loss, trace[start].outputs)
     course = Course(trace, start, stop, loss=bound)
     options = (AuditOptions() if audit else None) if isinstance(audit, bool) else audit
-    audited, audit_reason = _audited_model(source, trace, model, data, options, start)
+    audited, audit_reason = audited_model(source, trace, model, data, options, start)
     keeper = None
     if options is not None and audited is not None:
         positions = audited_positions(trace, start, options.num_steps)
@@ -180,55 +178,6 @@ def analyze(
         gate=gate_of(walk, trace, gate_audit, audit_reason),
         device=device,
     )
-
-
-def _audited_model(
-    source: object, trace: Trace, model: nn.Module | None, data: tuple[Any, Tensor] | None, options: AuditOptions | None, start: int
-) -> tuple[AuditedModel | None, str]:
-    """Find the model and the probe's inputs for an audit, or say why there is none."""
-    if options is None:
-        return None, "no audit was asked for"
-    if not audited_positions(trace, start, 1):
-        return None, "no step was recorded for an audit: Recorder(audit=True)"
-    if isinstance(source, Recorder):
-        return AuditedModel(source.model, source.probe.inputs, source.probe.forward_fn), ""
-    if model is None:
-        return None, "an audit needs the model that was trained: model= (--model SPEC)"
-    inputs = trace.probe.get("inputs") if data is None else data[0]
-    if inputs is None:
-        return None, "an audit needs the probe: data= (--data SPEC)"
-    if data is not None and hash_of(*data) != trace.facts.probe_hash:
-        raise InputError("`data` is not the probe of this record (inputs or targets differ). Give what the recorder was given.")
-    return AuditedModel(model, to_device(inputs, next(model.parameters()).device), None), ""
-
-
-def price_audit(
-    source: str | Path | Sequence[str | Path] | Trace | Recorder,
-    *,
-    model: nn.Module | None = None,
-    data: tuple[Any, Tensor] | None = None,
-    audit: AuditOptions | None = None,
-) -> AuditPrice | None:
-    """Say what the audit in `analyze` will take, before it is run.
-
-    Args:
-        source: As for `analyze`; recorded.
-        model: As for `analyze`.
-        data: As for `analyze`.
-        audit: As for `analyze`.
-
-    Returns:
-        The price; None where no audit will be run.
-
-    Raises:
-        InputError: If the source cannot be read.
-    """
-    options = AuditOptions() if audit is None else audit
-    trace = trace_of(source) if isinstance(source, Trace | Recorder) or model is None else find_trace(source)
-    if trace is None:
-        return None
-    audited, _ = _audited_model(source, trace, model, data, options, 0)
-    return None if audited is None else price_of(trace.facts, audited, len(audited_positions(trace, 0, options.num_steps)), options)
 
 
 def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:

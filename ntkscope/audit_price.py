@@ -2,16 +2,25 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ntkscope._checks import InputError, format_bytes
 from ntkscope._display import Displayed
-from ntkscope.auditing import AuditedModel, trained_parameters
+from ntkscope.auditing import AuditedModel, audited_positions, trained_parameters
 from ntkscope.gate.audit_options import AuditOptions
+from ntkscope.kernel.batch import to_device
+from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.columns import jacobian_bytes
 from ntkscope.kernel.coverage import probe_routes
 from ntkscope.record.facts import RunFacts
+from ntkscope.record.probe import hash_of
+from ntkscope.record.recorder import Recorder
+from ntkscope.record.source import open_source
+from ntkscope.record.trace import Trace
 
 SAMPLE_COLUMNS = 512
 DECOMPOSITION = 20  # multiply-adds of products that take as long as a singular value decomposition, over N³ (measured at N = 1000)
@@ -45,6 +54,68 @@ class AuditPrice(Displayed):
             f"Auditing the gate: {self.num_steps} steps, {self.num_permutations} permutations, about {format_bytes(self.peak_bytes)} and "
             f"{max(1, round(self.seconds)):,} s beside the analysis."
         )
+
+
+def price_audit(
+    source: str | Path | Trace | Recorder,
+    *,
+    model: nn.Module | None = None,
+    data: tuple[Any, Tensor] | None = None,
+    audit: AuditOptions | None = None,
+) -> AuditPrice | None:
+    """Say what the audit in `analyze` will take, before it is run.
+
+    Args:
+        source: As for `analyze`; recorded.
+        model: As for `analyze`.
+        data: As for `analyze`.
+        audit: As for `analyze`.
+
+    Returns:
+        The price; None where no audit will be run.
+
+    Raises:
+        InputError: If the source cannot be read, or the model or the data are others.
+    """
+    options = AuditOptions() if audit is None else audit
+    trace = source.trace if isinstance(source, Recorder) else source if isinstance(source, Trace) else open_source(source)
+    audited, _ = audited_model(source, trace, model, data, options, 0)
+    return None if audited is None else price_of(trace.facts, audited, len(audited_positions(trace, 0, options.num_steps)), options)
+
+
+def audited_model(
+    source: object, trace: Trace, model: nn.Module | None, data: tuple[Any, Tensor] | None, options: AuditOptions | None, start: int
+) -> tuple[AuditedModel | None, str]:
+    """Find the model and the probe's inputs for an audit, or say why there is none.
+
+    Args:
+        source: What is analyzed; a `Recorder` has its model.
+        trace: Its record.
+        model: As for `analyze`.
+        data: As for `analyze`.
+        options: How to audit; None for no audit.
+        start: Index of the window's first snapshot.
+
+    Returns:
+        The model or None, and the reason.
+
+    Raises:
+        InputError: If `data` is not the probe.
+    """
+    if options is None:
+        return None, "no audit was asked for"
+    if not audited_positions(trace, start, 1):
+        return None, "no step was recorded for an audit: Recorder(audit=True)"
+    if isinstance(source, Recorder):
+        return AuditedModel(source.model, source.probe.inputs, source.probe.forward_fn), ""
+    if model is None:
+        return None, "an audit needs the model that was trained: model= (--model SPEC)"
+    inputs = trace.probe.get("inputs") if data is None else data[0]
+    if inputs is None:
+        return None, "an audit needs the probe: data= (--data SPEC)"
+    if data is not None and hash_of(*data) != trace.facts.probe_hash:
+        raise InputError("`data` is not the probe of this record (inputs or targets differ). Give what the recorder was given.")
+    return AuditedModel(model, to_device(inputs, next(model.parameters()).device), None), ""
 
 
 def price_of(facts: RunFacts, audited: AuditedModel, num_steps: int, options: AuditOptions) -> AuditPrice:
@@ -83,14 +154,15 @@ def check_price(price: AuditPrice, max_memory: int | None) -> None:
 
     Args:
         price: From `price_of`.
-        max_memory: Bytes; no limit if not given.
+        max_memory: Bytes; 8 GiB if not given, which only very many permutations reach.
 
     Raises:
         InputError: If it needs more.
     """
-    if max_memory is not None and price.peak_bytes > max_memory:
+    limit = 4 * DEFAULT_MEMORY if max_memory is None else max_memory
+    if price.peak_bytes > limit:
         raise InputError(
-            f"The audit of the gate needs about {format_bytes(price.peak_bytes)}, more than the {format_bytes(max_memory)} allowed. Raise "
+            f"The audit of the gate needs about {format_bytes(price.peak_bytes)}, more than the {format_bytes(limit)} allowed. Raise "
             "max_memory (--max-memory), ask for fewer permutations (AuditOptions), or leave the audit out (audit=False, --no-audit)."
         )
 

@@ -227,6 +227,8 @@ def test_too_many_permutations_are_refused_with_numbers():
     recorder = recorded("gated")
     with pytest.raises(ntkscope.InputError, match="ask for fewer permutations"):
         ntkscope.analyze(recorder, audit=ntkscope.AuditOptions(num_permutations=10**9), max_memory=2**30)
+    with pytest.raises(ntkscope.InputError, match=r"more than the 8 GiB allowed"):
+        ntkscope.analyze(recorder, audit=ntkscope.AuditOptions(num_permutations=10**9))
 
 
 def test_an_audit_is_priced_before_it_runs():

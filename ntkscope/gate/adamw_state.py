@@ -9,7 +9,6 @@ from torch.optim import AdamW, Optimizer
 from ntkscope._checks import UnsupportedError
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "foreach", "capturable")
 
 NOT_ADAMW = "from_adamw takes a torch.optim.AdamW, got {name}: {reason} Train with AdamW, or start a GatedAdamW afresh."
 
