@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -79,17 +79,6 @@ def _step_slots(tensors, rows, constants):  # ruff: ignore[missing-type-function
         elementwise_step(*parts, row, constants)
 
 
-def _only_lengths(guards: Sequence[Any]) -> list[bool]:
-    """Keep the guards on lengths: traced again on other tensors (`torch._dynamo.reset`), torch may take equal lengths for one.
-
-    All else that a kernel depends on it is compiled for once each; checking it at every call would cost more than the call.
-
-    Returns:
-        Which to keep.
-    """
-    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
-
-
 @cache
 def compiled_kernel(
     constants: Constants, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], device: torch.device, *, threads: int, slots: int
@@ -119,28 +108,32 @@ def compiled_kernel(
         str(slots),
     ])
     code = _step_slots.__code__.replace(co_name=name)
-    function = FunctionType(code, _step_slots.__globals__, name)
     compiled = torch.compile(
-        function,
+        FunctionType(code, _step_slots.__globals__, name),
         fullgraph=True,
         dynamic=True,
-        options={"guard_filter_fn": _only_lengths, "size_asserts": False, "alignment_asserts": False},
+        # Without guards, whose evaluation costs as much as the call: what the kernel depends on is among its arguments.
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False, "alignment_asserts": False},
     )
 
     def parts(length: int) -> Parts:
         return [torch.ones(length, dtype=dtype, device=device) for dtype in (*dtypes, dtypes[2], dtypes[2])]
 
+    def trace() -> None:
+        rows = torch.full((slots, len(StepRow._fields)), 0.5, dtype=dtypes[2], device=device)
+        compiled([parts(SAMPLE_LENGTH + slot) for slot in range(slots)], rows, constants)
+
     spare = [parts(SPARE_LENGTH) for _ in range(slots)]
 
     def kernel(tensors: Sequence[Parts], rows: Tensor) -> None:
+        if not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+            trace()  # torch forgot it (torch._dynamo.reset); traced on these tensors it would take equal lengths for one
         compiled([*tensors, *spare[len(tensors) :]], rows, constants)
 
-    sample = [parts(SAMPLE_LENGTH + slot) for slot in range(slots)]
-    rows = torch.full((slots, len(StepRow._fields)), 0.5, dtype=dtypes[2], device=device)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself; where warnings are errors they would stop the compiler
-            kernel(sample, rows)
+            trace()
     except (RuntimeError, OSError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise UnsupportedError(NO_COMPILER.format(device=device, reason=reason)) from error
