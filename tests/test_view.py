@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import plotly.graph_objects as go
 import pytest
 import torch
+from plotly.offline import get_plotlyjs
 from rich.console import Console
 from view_case import NUM_NOISY, synthetic_analysis
 
@@ -167,8 +168,8 @@ def test_report_is_one_offline_file(analysis, tmp_path):
     report.write_report(analysis, path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     page = path.read_bytes().decode("utf-8")
-    assert page.count(report.get_plotlyjs()) == 1
-    page = page.replace(report.get_plotlyjs(), "")
+    assert page.count(get_plotlyjs()) == 1
+    page = page.replace(get_plotlyjs(), "")
     parsed = _parse(page)
     for tag, attributes in parsed.tags:
         if tag in ("script", "link", "img", "iframe", "source", "object"):
@@ -199,7 +200,7 @@ def test_report_shows_verdict_table_and_baselines():
 
 def test_report_is_small_beside_plotly():
     page = report.render_report(synthetic_analysis(num_examples=200, num_classes=4))
-    assert len(page) - len(report.get_plotlyjs()) < 700_000
+    assert len(page) - len(get_plotlyjs()) < 700_000
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_hostile_strings_are_escaped_everywhere():
     analysis.gate.by_parameter = {HOSTILE: analysis.gate.open_share}
     page = report.render_report(analysis)
     # One security policy covers two scripts; JSON scripts do not run.
-    tags = _parse(page.replace(report.get_plotlyjs(), "")).tags
+    tags = _parse(page.replace(get_plotlyjs(), "")).tags
     kinds = [attributes.get("type") for tag, attributes in tags if tag == "script"]
     assert kinds.count(None) == 2
     assert kinds.count("application/json") == len(figures.FIGURES)

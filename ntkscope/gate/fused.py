@@ -126,7 +126,7 @@ def compiled_kernel(
     spare = [parts(SPARE_LENGTH) for _ in range(slots)]
 
     def kernel(tensors: Sequence[Parts], rows: Tensor) -> None:
-        if not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+        if not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):  # pyright: ignore[reportAttributeAccessIssue]
             trace()  # torch forgot it (torch._dynamo.reset); traced on these tensors it would take equal lengths for one
         compiled([*tensors, *spare[len(tensors) :]], rows, constants)
 

@@ -1,96 +1,16 @@
 """The report: one HTML file that needs no network, for readers who know nothing of the theory."""
 
-import base64
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import plotly.graph_objects as go
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
-from ntkscope._atomic import replace_when_done
 from ntkscope.view import evidence, findings
 from ntkscope.view import suspects as suspicion
+from ntkscope.view.figure_texts import FIGURE_TEXTS
 from ntkscope.view.figures import FIGURES, drawable
+from ntkscope.view.page import figure_block, render_page, write_page
 from ntkscope.view.words import AnalysisLike, counted, number, percent
 
-FOLDER = Path(__file__).parent
 NUM_SUSPECTS = 10
-
-
-@dataclass(frozen=True)
-class FigureText:
-    """The words under a figure.
-
-    Attributes:
-        shows: What is seen.
-        reading: How to read it.
-    """
-
-    shows: str
-    reading: str
-
-
-FIGURE_TEXTS = {
-    "spectrum": FigureText(
-        "Every mark in the upper panel is one direction. Its height ω is the share of the loss along that direction that training removed.",
-        "Round marks are signal (learned), crosses are reservoir. A clean gap between them means that the split is meaningful; a smooth "
-        "slope means that the number depends on the rule. The lower panel shows where each rule would draw the line.",
-    ),
-    "eigenstructure": FigureText(
-        "Every point is one training example, placed by how much of its error training has removed along three "
-        "directions: those along which it removed the most loss.",
-        "Far from the centre: the shared patterns explain this example. Near the centre: they do not, so it is learned later, or stored "
-        "by itself. Move the slider to watch training; drag, or use the turn buttons, to look from another side.",
-    ),
-    "omega_surface": FigureText(
-        "The height is ω again, now for every direction and every moment of training.",
-        "Directions are learned one after the other, the strongest first. The line on the surface marks ω = ½. "
-        "Ground that stays flat is the reservoir.",
-    ),
-    "suspicious": FigureText(
-        "The longer the bar, the more of the example's error at the start lies where training did little.",
-        "Examples that agree with the others are learned through shared directions; a wrong label agrees with nothing and stays in the "
-        "reservoir. So do rare but correct examples: look before you delete.",
-    ),
-    "loss_and_closure": FigureText(
-        "Above: the loss as it was and as the recorded kernels predict it. Below: how far the predicted gradient is off.",
-        "If the two upper lines agree and the lower one stays under the dotted limit inside the shaded window, the numbers in this report "
-        "describe what the run really did.",
-    ),
-    "gate_openness": FigureText(
-        "The share of parameters whose gate was open, that is, whose gradient stood out from its noise.",
-        "A gate that closes almost everywhere stops training; one that never closes does nothing.",
-    ),
-    "gate_motion": FigureText(
-        "At every audited step: of the output motion that the gate removed, the share that lay in the reservoir. The band is what the same "
-        "gates remove when they are shuffled among the parameters of each layer.",
-        "Above the band: the gate spares signal better than chance. Below: it hits signal. Inside: no evidence. The dotted line is the "
-        "reservoir's share of all motion before the gate.",
-    ),
-    "gate_agreement": FigureText(
-        "Every cell is one layer at one audited step: the chance that a parameter with an open gate has more signal than one with a "
-        "closed gate.",
-        "Blue: open gates sit on signal parameters. Red: on reservoir parameters. Pale: no relation. A number is written where shuffled "
-        "gates would show it in fewer than one of twenty cases.",
-    ),
-    "gate_density": FigureText(
-        "Every parameter by the signal-to-noise of its gradient, which is all the gate sees, and by its signal share: how much of what it "
-        "moves lies in the signal channel.",
-        "Right of the dashed line gates are open. If the theory's shortcut worked perfectly, parameters would lie low on the left and high "
-        "on the right.",
-    ),
-    "gate_modes": FigureText(
-        "One ribbon for each layer. Its height is how much of a direction's kernel the gate keeps in that layer, from the strongest signal "
-        "direction to the last of the reservoir.",
-        "A selective gate keeps ribbons high up to the red line and low behind it. Flat ribbons mean that the gate treats all directions "
-        "alike. Drag, or use the turn buttons, to look from another side.",
-    ),
-}
 
 WORDS = (
     ("direction (mode)", "One pattern across the outputs of all followed examples. There are as many as independent outputs."),
@@ -111,10 +31,7 @@ def write_report(analysis: AnalysisLike, path: str | Path) -> None:
         analysis: The result.
         path: The file; replaced if it exists.
     """
-    page = render_report(analysis)
-    with replace_when_done(Path(path)) as temporary:
-        # Bytes: a translated line end would change the hashes of the scripts.
-        temporary.write_bytes(page.encode("utf-8"))
+    write_page(render_report(analysis), path)
 
 
 def render_report(analysis: AnalysisLike) -> str:
@@ -126,11 +43,8 @@ def render_report(analysis: AnalysisLike) -> str:
     Returns:
         One HTML page with everything it needs inside.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    drawing, plotly = _read("report.js"), get_plotlyjs()
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         headline=findings.headline(analysis),
         learned=findings.learned(analysis),
         stored=findings.stored(analysis),
@@ -144,7 +58,7 @@ def render_report(analysis: AnalysisLike) -> str:
         run=analysis.run,
         window=analysis.window,
         facts=_facts(analysis),
-        figures=[_figure_block(name, analysis) for name in drawable(analysis)],
+        figures=[figure_block(name, FIGURES[name](analysis), FIGURE_TEXTS[name]) for name in drawable(analysis)],
         table=_suspect_table(analysis),
         abstains=analysis.examples.abstains,
         ranked_by=suspicion.title(suspicion.ranked_by(analysis)),
@@ -152,28 +66,7 @@ def render_report(analysis: AnalysisLike) -> str:
         words=WORDS,
         gating=evidence.gating(analysis),
         gate_reason=analysis.gate_reason if analysis.gate is None else analysis.gate.audit_reason,
-        style=_trusted(_read("report.css")),
-        plotly=_trusted(plotly),
-        drawing=_trusted(drawing),
-        script_hashes=[_hash(plotly), _hash(drawing)],
     )
-
-
-def _figure_block(name: str, analysis: AnalysisLike) -> dict[str, Any]:
-    """Prepare one figure: its title becomes a heading, the rest data for the drawing script."""
-    figure: go.Figure = FIGURES[name](analysis)
-    text = FIGURE_TEXTS[name]
-    spec = json.loads(figure.to_json() or "{}")
-    title = Markup(spec["layout"].pop("title")["text"])
-    spec["layout"].pop("template", None)
-    return {
-        "name": name,
-        "title": title,
-        "shows": text.shows,
-        "reading": text.reading,
-        "height": int(spec["layout"]["height"]),
-        "data": _json_in_html(spec),
-    }
 
 
 def _suspect_table(analysis: AnalysisLike) -> dict[str, Any]:
@@ -233,26 +126,3 @@ def _facts(analysis: AnalysisLike) -> list[tuple[str, str]]:
         ("share of the decrease due to weight decay", percent(closure.forcing_share)),
         ("gate", analysis.gate.kind if analysis.gate is not None else f"none: {analysis.gate_reason}"),
     ]
-
-
-def _read(name: str) -> str:
-    """Read a file beside this module."""
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
-def _trusted(source: str) -> Markup:
-    """Mark our own style and scripts, and plotly's, as safe to put in as they are."""
-    return Markup(source)
-
-
-def _json_in_html(value: Any) -> Markup:
-    """Write JSON so that nothing in it can end the script element around it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return Markup(text)
-
-
-def _hash(script: str) -> str:
-    """Name a script by its content, for the page's security policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
