@@ -147,6 +147,9 @@ def test_spectral_gate_and_openness_are_the_definition(case):
         start = part.stop
         weight = coordinates[:, part].square() * precond[part]
         assert torch.allclose(audit.openness[:, k], (weight @ gate[part]) / weight.sum(dim=1), rtol=1e-8)
+        whole = coordinates.square() @ precond
+        assert torch.allclose(audit.layer_share[:, k], weight.sum(dim=1) / whole, rtol=1e-8)
+    assert torch.allclose(audit.layer_share.sum(dim=1), torch.ones(audit.num_modes, dtype=torch.float64))
 
 
 def test_layers_are_audits_of_their_tensor_alone(case):

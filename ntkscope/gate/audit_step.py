@@ -65,7 +65,8 @@ class _Tensor:
     ungated_product: float = 0.0
     ungated_square: float = 0.0
     direction_square: float = 0.0
-    openness: Tensor = field(default_factory=lambda: torch.empty(0))
+    weight: Tensor = field(default_factory=lambda: torch.empty(0))  # [modes]: Σ M⁰ J̃², share of the direction's kernel
+    opened: Tensor = field(default_factory=lambda: torch.empty(0))  # [modes]: the same, weighted by the gate
 
 
 def audit_step(
@@ -127,8 +128,7 @@ def audit_step(
     ungated = _summed(parts, "ungated")
     reservoir = ungated.view(channel.num_modes, -1)[channel.rank :]
     num_live = sum(len(part.gate) for part in parts)
-    order = {name: part.openness for name, part in found.items()}
-    blank = torch.full((channel.num_modes,), torch.nan, dtype=torch.float64)
+    weights, opened = (torch.stack([getattr(part, name) for part in parts], dim=1) for name in ("weight", "opened"))  # [modes, tensors]
     return StepAudit(
         step=step,
         rank=channel.rank,
@@ -145,7 +145,8 @@ def audit_step(
         decay_share=decay_share,
         layers={name: _layer(part, channel) for name, part in found.items()},
         spectral_gate=_spectral_gate(motions.view(channel.num_modes, -1, num_examples), channel, strictness, batch_size or num_examples),
-        openness=torch.stack([order.get(name, blank) for name in update.gate], dim=1),
+        openness=opened / weights,  # 0/0 is NaN: the tensor has no part in the direction
+        layer_share=weights / weights.sum(dim=1, keepdim=True),
         density=torch.from_numpy(density),
     )
 
@@ -193,7 +194,7 @@ def _pass_over(
         ungated_square=float(step.square().sum()),
     )
     opened = torch.zeros(channel.num_modes, dtype=torch.float64)
-    closed = torch.zeros(channel.num_modes, dtype=torch.float64)
+    weight = torch.zeros(channel.num_modes, dtype=torch.float64)
     position = torch.cumsum(live, dim=0) - 1
     own = gradient.double() * len(gradient)  # of one example's own loss
     for columns in columns_of(name):
@@ -216,8 +217,8 @@ def _pass_over(
         part.direction_square += float(pulled.square().sum())
         motions += flattened @ (precond[at][:, None] * torch.einsum("ice,ic->ei", values, own))
         opened += squares @ (flat["gate"][at] * precond[at])
-        closed += squares @ precond[at]
-    part.openness = torch.where(closed > 0, opened / closed, torch.nan)
+        weight += squares @ precond[at]
+    part.weight, part.opened = weight, opened
     density += _density(flat["mean"], flat["variance"], part)
     return part
 

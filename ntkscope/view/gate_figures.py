@@ -1,4 +1,4 @@
-"""Figures of a gate's audit: where its decisions agree with the signal channel, and what it removes."""
+"""Figures of a gate: how open it is, where its decisions agree with the signal channel, and what it removes."""
 
 import html
 import math
@@ -12,12 +12,68 @@ from ntkscope.gate.audit_results import SHARE_EDGES, SNR_EDGES
 from ntkscope.gate.compared import Compared
 from ntkscope.gate.verdict import GateAudit
 from ntkscope.view import palette
-from ntkscope.view.drawing import spread, step_axis, table
+from ntkscope.view.drawing import spread, step_axis, table, values
 from ntkscope.view.words import AnalysisLike, number, percent
 
+MAX_PARAMETERS = 8
 MAX_LAYERS = 30
 MAX_MODES = 120
 SURE = 0.05  # of p
+
+
+def gate_openness(analysis: AnalysisLike) -> go.Figure:
+    """Draw which share of the optimizer's gates was open.
+
+    Args:
+        analysis: The result of a run with a gate.
+
+    Returns:
+        Lines over training steps: all parameters, and each of the first few tensors.
+
+    Raises:
+        InputError: If the run had no gate.
+    """
+    gate = analysis.gate
+    if gate is None:
+        raise InputError(f"There is no gate to draw: {analysis.gate_reason}. Train with GatedAdamW to see one.")
+    place, ticks = step_axis(gate.steps)
+    x = [place(step) for step in gate.steps]
+    figure = go.Figure(
+        go.Scatter(
+            x=x,
+            y=values(gate.open_share),
+            name="all parameters",
+            mode="lines+markers",
+            line={"color": palette.BLUE, "width": 3},
+            customdata=[f"{step:,}" for step in gate.steps],
+            hovertemplate="step %{customdata}<br>%{y:.1%} open<extra>all parameters</extra>",
+        )
+    )
+    dashes = ("dash", "dot", "dashdot", "longdash")
+    colours = (palette.ORANGE, palette.GREEN, palette.PURPLE, palette.SKY, palette.VERMILION, palette.GREY, palette.OLIVE, palette.WINE)
+    for k, (name, share) in enumerate(list(gate.by_parameter.items())[:MAX_PARAMETERS]):
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=values(share),
+                name=html.escape(name),
+                mode="lines",
+                line={"color": colours[k], "width": 1.5, "dash": dashes[k % len(dashes)]},
+                customdata=[f"{step:,}" for step in gate.steps],
+                hovertemplate="step %{customdata}<br>%{y:.1%} open<extra>" + html.escape(name) + "</extra>",
+            )
+        )
+    last, first = float(gate.open_share[-1]), float(gate.open_share[0])
+    title = f"{percent(last)} of the gates are open at step {gate.steps[-1]:,}"
+    if len(gate.steps) > 1:
+        title += f", against {percent(first)} at step {gate.steps[0]:,}"
+    hidden = len(gate.by_parameter) - MAX_PARAMETERS
+    if hidden > 0:
+        title += f" ({hidden} more parameter tensors not drawn)"
+    figure.update_layout(**palette.base_layout(title, height=460))
+    figure.update_xaxes(**palette.axis("training step", **ticks))
+    figure.update_yaxes(**palette.axis("share of open gates (q > ½)", range=[-0.02, 1.02], tickformat=".0%"))
+    return figure
 
 
 def gate_agreement(analysis: AnalysisLike) -> go.Figure:
@@ -199,8 +255,7 @@ def gate_modes(analysis: AnalysisLike) -> go.Figure:
     step = audit.steps[-1]
     names = list(step.layers)[:MAX_LAYERS]
     modes = spread(step.num_modes, MAX_MODES)
-    order = [k for k in range(step.openness.shape[1]) if not bool(step.openness[:, k].isnan().all())][:MAX_LAYERS]
-    heights = step.openness[modes][:, order].T
+    heights = step.openness[modes][:, : len(names)].T
     title = (
         f"At step {step.step:,} the gate keeps {percent(step.kept_signal)} of the kernel on the {step.rank:,} signal directions and "
         f"{percent(step.kept_reservoir)} on the rest"
