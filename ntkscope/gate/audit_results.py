@@ -84,9 +84,10 @@ class StepAudit(Displayed):
         decay_share: Share of the squared step of live and dead parameters that weight decay makes up; NaN if unknown.
         layers: By parameter tensor.
         spectral_gate: The rule in the eigenbasis.
-        openness: Σ_k q_k M⁰_k J̃_ik² / Σ_k M⁰_k J̃_ik² of every direction (in the channel's order) in every tensor of `layers`; NaN where it has
-            no part.
-        layer_share: Share of every direction's kernel Σ_k M⁰_k J̃_ik² that each tensor of `layers` has; rows add up to 1, NaN without a kernel.
+        openness: Σ_k q_k M⁰_k J̃_ik² / Σ_k M⁰_k J̃_ik² of every direction (in the channel's order) in every tensor of `layers`; NaN where
+            it has no part.
+        layer_share: Share of every direction's kernel Σ_k M⁰_k J̃_ik² that each tensor of `layers` has; rows add up to 1, NaN where
+            there is no kernel.
         density: Parameters by log₁₀ of gradient signal-to-noise m̂²/ŝ (rows) and signal share ρ (columns), see `SNR_EDGES`, `SHARE_EDGES`.
     """
 
