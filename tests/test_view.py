@@ -14,7 +14,7 @@ from view_case import NUM_NOISY, synthetic_analysis
 
 from ntkscope._checks import InputError
 from ntkscope.results import GateStats
-from ntkscope.view import drawing, figures, findings, notebook, report, suspects, text, words
+from ntkscope.view import drawing, figures, findings, notebook, report, spectrum_figures, suspects, text, words
 
 CASES = {
     "normal": {},
@@ -136,7 +136,7 @@ def test_one_snapshot_needs_no_slider():
 def test_large_results_are_thinned_and_the_title_says_so():
     analysis = synthetic_analysis(num_examples=60, num_classes=5, num_snapshots=6)
     surface = figures.omega_surface(analysis)
-    assert len(surface.data[0].x) <= figures.MAX_MODES
+    assert len(surface.data[0].x) <= spectrum_figures.MAX_MODES
     assert (surface.data[0].x[0], surface.data[0].x[-1]) == (1, 300)
     assert "of 300 drawn" in _title(surface)
     analysis.history.eigvals = torch.ones(500, 4, dtype=torch.float64)
