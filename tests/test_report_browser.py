@@ -16,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from view_case import synthetic_analysis
 
 from ntkscope.view.figures import FIGURES
+from ntkscope.view.links import links
 from ntkscope.view.report import write_report
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -173,6 +174,122 @@ def test_the_menu_changes_the_colours(opened):
     assert len(seen) == 3
 
 
+def _click(browser, script: str) -> None:
+    """Click the pixel that the script computes."""
+    x, y = browser.execute_script(script)
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        event = {"type": kind, "x": x, "y": y, "button": "none" if kind == "mouseMoved" else "left", "clickCount": 1}
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        time.sleep(0.15)
+
+
+def _bring(browser, selector: str) -> None:
+    browser.execute_script(
+        "document.documentElement.style.scrollBehavior = 'auto'; document.querySelector(arguments[0]).scrollIntoView({block: 'center'})",
+        selector,
+    )
+    time.sleep(0.3)
+
+
+def test_a_click_on_a_mode_shows_its_examples_layers_and_gate_share(opened):
+    _bring(opened, "#figure-spectrum .plot")
+    pixel = (
+        "const p = document.querySelector('#figure-spectrum .plot'), l = p._fullLayout, b = p.getBoundingClientRect();"
+        "const a = l.xaxis, o = l.yaxis, t = p._fullData[0];"
+        "return [b.left + a._offset + a.d2p(t.x[4]), b.top + o._offset + o.d2p(t.y[4])]"
+    )
+    _click(opened, pixel)
+    _wait(opened, "return document.querySelector('#explore').dataset.chosen === 'mode 5'")
+    shown = opened.find_element("css selector", "#explore .mode-pane").text
+    found = links(synthetic_analysis(has_gate=True))
+    for example, share in found["mode_examples"][4]:
+        assert f"#{found['ids'][example]}" in shown
+        assert f"{share / 10:.1f} %" in shown
+    for name in found["layers"]["names"]:
+        assert name in shown
+    assert "gate keeps" in shown
+    # the panel comes to the reader, and the mode and its examples are ringed
+    assert "docked" in opened.find_element("css selector", "#explore").get_attribute("class")
+    assert opened.execute_script(f"return {_plot('spectrum')}.data.at(-1).x") == [5]
+    assert opened.execute_script(f"return {_plot('eigenstructure')}.data.at(-1).x.length") == len(found["mode_examples"][4])
+    opened.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+    assert "docked" not in opened.find_element("css selector", "#explore").get_attribute("class")
+
+
+def test_a_click_on_an_example_shows_its_directions(opened):
+    _bring(opened, "#figure-suspicious .plot")
+    pixel = (
+        "const b = document.querySelector('#figure-suspicious .bars .point path').getBoundingClientRect();"
+        "return [b.left + b.width / 2, b.top + b.height / 2]"
+    )
+    _click(opened, pixel)
+    _wait(opened, "return document.querySelector('#explore').dataset.chosen.startsWith('example')")
+    name = opened.execute_script("return document.querySelector('#explore').dataset.chosen").split()[1]
+    found = links(synthetic_analysis(has_gate=True))
+    shown = opened.find_element("css selector", "#explore .example-pane").text
+    for k, _ in found["example_modes"][found["ids"].index(name)]:
+        assert f"direction {found['modes'][k]}" in shown
+    assert opened.execute_script(f"return {_plot('eigenstructure')}.data.at(-1).x.length") == 1
+    opened.find_element("css selector", "#explore .close").click()
+
+
+def test_directions_and_examples_can_be_chosen_by_keyboard(opened):
+    box = opened.find_element("css selector", "#explore input[name=mode]")
+    box.clear()
+    box.send_keys("17", Keys.ENTER)
+    assert opened.execute_script("return document.querySelector('#explore').dataset.chosen") == "mode 17"
+    assert "Direction 17 chosen" in opened.find_element("css selector", "#explore [aria-live]").get_attribute("textContent")
+    link = opened.find_element("css selector", "#explore .mode-pane button.link")
+    link.send_keys(Keys.ENTER)
+    assert opened.execute_script("return document.querySelector('#explore').dataset.chosen") == f"example {link.text.strip('#')}"
+    row = opened.find_element("css selector", "#examples button[data-example]")
+    row.send_keys(Keys.ENTER)
+    assert opened.execute_script("return document.querySelector('#explore').dataset.chosen") == f"example {row.text}"
+    opened.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+
+
+def test_rings_follow_the_slider(opened):
+    opened.execute_script("document.querySelector('#examples button[data-example]').click()")
+    name = opened.execute_script("return document.querySelector('#explore').dataset.chosen").split()[1]
+    where = (
+        f"const d = {_plot('eigenstructure')}.data, ring = d.at(-1);"
+        f"const t = d.find(t => (t.customdata || []).some(c => c[0] === '{name}')), k = t.customdata.findIndex(c => c[0] === '{name}');"
+        "return [ring.x[0], t.x[k]]"
+    )
+    slider = opened.find_element("css selector", "#figure-eigenstructure input[type=range]")
+    seen = set()
+    for key in (Keys.HOME, Keys.END):
+        slider.send_keys(key)
+        _wait(opened, where.replace("return [ring.x[0], t.x[k]]", "return ring.x[0] === t.x[k]"))
+        seen.add(opened.execute_script(where)[0])
+    assert len(seen) == 2, "the point moved"
+    opened.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+
+
+def test_the_scene_turns_when_dragged(opened):
+    _bring(opened, "#figure-eigenstructure .plot")
+    eye = f"return Object.values({_plot('eigenstructure')}._fullLayout.scene._scene.getCamera().eye)"
+    before = opened.execute_script(eye)
+    x, y = opened.execute_script(
+        "const b = document.querySelector('#figure-eigenstructure canvas').getBoundingClientRect();"
+        "return [b.left + b.width / 2, b.top + b.height / 2]"
+    )
+    for kind, dx in (("mouseMoved", 0), ("mousePressed", 0), ("mouseMoved", 60), ("mouseMoved", 120), ("mouseReleased", 120)):
+        event = {"type": kind, "x": x + dx, "y": y, "button": "left", "buttons": int(kind != "mouseReleased"), "clickCount": 1}
+        opened.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        time.sleep(0.2)
+    assert opened.execute_script(eye) != pytest.approx(before, abs=1e-3)
+
+
+def test_print_leaves_out_what_needs_a_click(opened):
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    hidden = "return getComputedStyle(document.querySelector(arguments[0])).display"
+    for selector in ("#explore", "nav", ".controls"):
+        assert opened.execute_script(hidden, selector) == "none"
+    assert opened.execute_script(hidden, "#figure-spectrum") != "none"
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_no_button_sends_data_away(opened):
     titles = opened.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.getAttribute('data-title') || '')")
     assert titles
@@ -196,7 +313,10 @@ def test_dark_pages_get_light_text(opened):
 
 
 def test_everything_can_be_reached_by_keyboard(opened):
-    controls = opened.find_elements("css selector", "nav a, .controls button, .controls select, .controls input, .scroll, summary")
+    controls = opened.find_elements(
+        "css selector",
+        "nav a, #explore input, #explore .link, #examples .link, .controls button, .controls select, .controls input, .scroll, summary",
+    )
     assert len(controls) > 10
     for control in controls:
         reached = opened.execute_script("arguments[0].focus(); return document.activeElement === arguments[0]", control)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ def write_page(page: str, path: str | Path) -> None:
         temporary.write_bytes(page.encode("utf-8"))
 
 
-def render_page(template: str, **content: Any) -> str:
+def render_page(template: str, *, scripts: Sequence[str] = ("report.js",), **content: Any) -> str:
     """Fill a template that extends `page.html.jinja`.
 
     Args:
         template: Name of a file beside this module.
+        scripts: Names of files beside this module, run in order after plotly.
         **content: What it shows.
 
     Returns:
@@ -42,11 +44,11 @@ def render_page(template: str, **content: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    scripts = [get_plotlyjs(), _read("report.js")]
+    sources = [get_plotlyjs(), *(_read(script) for script in scripts)]
     return environment.get_template(template).render(
         style=_trusted(_read("report.css")),
-        scripts=[_trusted(script) for script in scripts],
-        script_hashes=[_hash(script) for script in scripts],
+        scripts=[_trusted(source) for source in sources],
+        script_hashes=[_hash(source) for source in sources],
         **content,
     )
 
@@ -71,6 +73,7 @@ def figure_block(name: str, figure: go.Figure, text: FigureText) -> dict[str, An
         "shows": text.shows,
         "reading": text.reading,
         "height": int(spec["layout"]["height"]),
+        "is_scene": "scene" in spec["layout"],
         "data": json_in_html(spec),
     }
 

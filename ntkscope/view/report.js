@@ -138,6 +138,7 @@
       if (layout.scene) controls.append(...turnButtons(plot));
       plots.push(plot);
       figure.dataset.drawn = "true";
+      figure.dispatchEvent(new CustomEvent("drawn", { bubbles: true, detail: { plot: plot } }));
     });
   }
 
@@ -149,16 +150,36 @@
   window.addEventListener("beforeprint", function () { recolour(LIGHT); });
   window.addEventListener("afterprint", function () { recolour(dark.matches ? DARK : LIGHT); });
 
+  // What is near the reader's eyes comes first, then what is quickly drawn; scenes cost most.
+  function urgency(figure) {
+    const box = figure.getBoundingClientRect();
+    if (box.bottom > -innerHeight && box.top < 2 * innerHeight) return 0;
+    return figure.dataset.scene ? 2 : 1;
+  }
+
+  function idle() {
+    return new Promise(function (resolve) {
+      if (window.requestIdleCallback) requestIdleCallback(resolve, { timeout: 300 });
+      else setTimeout(resolve, 20);
+    });
+  }
+
   // One after the other, with a pause for the page to scroll and react in between.
   async function drawAll() {
-    for (const figure of document.querySelectorAll("figure[data-figure]")) {
+    const waiting = [...document.querySelectorAll("figure[data-figure]")];
+    while (waiting.length) {
+      let next = 0;
+      for (let k = 1; k < waiting.length; k++) if (urgency(waiting[k]) < urgency(waiting[next])) next = k;
+      const [figure] = waiting.splice(next, 1);
       try {
         await draw(figure);
       } catch (error) {
         figure.querySelector(".plot").textContent = "This figure could not be drawn here: " + error.message;
         console.error(error);
       }
-      await new Promise(function (resolve) { setTimeout(resolve, 0); });
+      performance.mark("drawn " + figure.dataset.figure);
+      await idle();
+      if (!performance.getEntriesByName("interactive").length) performance.mark("interactive"); // a figure is there, and the page has answered
     }
     document.documentElement.dataset.drawn = "true";
   }

@@ -7,7 +7,8 @@ from ntkscope.view import evidence, findings
 from ntkscope.view import suspects as suspicion
 from ntkscope.view.figure_texts import FIGURE_TEXTS
 from ntkscope.view.figures import FIGURES, drawable
-from ntkscope.view.page import figure_block, render_page, write_page
+from ntkscope.view.links import CHOSEN_BY_CLICK, links
+from ntkscope.view.page import figure_block, json_in_html, render_page, write_page
 from ntkscope.view.words import AnalysisLike, counted, number, percent
 
 NUM_SUSPECTS = 10
@@ -43,8 +44,15 @@ def render_report(analysis: AnalysisLike) -> str:
     Returns:
         One HTML page with everything it needs inside.
     """
+    linked = links(analysis)
     return render_page(
         "report.html.jinja",
+        scripts=("links.js", "report.js"),
+        links=json_in_html(linked),
+        num_modes=linked["num_modes"],
+        num_linked=len(linked["modes"]),
+        example_names=linked["ids"],
+        clicks=CHOSEN_BY_CLICK,
         headline=findings.headline(analysis),
         learned=findings.learned(analysis),
         stored=findings.stored(analysis),
@@ -65,6 +73,7 @@ def render_report(analysis: AnalysisLike) -> str:
         cutoffs=_cutoff_rows(analysis),
         words=WORDS,
         gating=evidence.gating(analysis),
+        gate_head=evidence.gate_head(analysis),
         gate_reason=analysis.gate_reason if analysis.gate is None else analysis.gate.audit_reason,
     )
 
