@@ -16,6 +16,7 @@
 | `lags` | spans of time over which motion is measured |
 | `groups` | groups of examples that a jackknife leaves out |
 | `kept`, `left_out` | examples kept or left out of a group's replicate |
+| `height`, `width`, `channels` | of a small picture of an input |
 | `...` | nothing, or in the trace form one column per class |
 """
 

@@ -97,6 +97,7 @@ def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: 
         quarter_time=crossing_times(history.example_residual, times, 0.25),
         residual_left=history.example_residual[-1],
         abstains=abstains,
+        pictures=trace.probe.get("pictures"),
     )
 
 

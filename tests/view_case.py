@@ -4,6 +4,8 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import scipy
 import torch
 
 from ntkscope.gate.audit_step import Update, audit_step
@@ -14,6 +16,16 @@ from ntkscope.kernel.columns import Columns
 from ntkscope.spectrum.whitening import whiten
 
 NUM_NOISY = 6
+LARGE = 1000  # modes, from which random directions would take too long to make
+
+
+def orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random directions; large ones are cosines with shuffled signs and order, made in a second instead of a minute."""
+    if size <= LARGE:
+        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    cosines = torch.from_numpy(scipy.fft.dct(np.eye(size), norm="ortho", axis=0, overwrite_x=True))
+    signs = 2.0 * torch.randint(2, (size, 1), generator=generator) - 1
+    return (signs * cosines)[:, torch.randperm(size, generator=generator)]
 
 
 def synthetic_audit(names: tuple[str, ...], num_steps: int = 3) -> GateAudit:
@@ -50,6 +62,7 @@ def synthetic_analysis(
     has_noise: bool = True,
     has_gate: bool = False,
     has_nan: bool = False,
+    has_pictures: bool = True,
     is_trustworthy: bool = True,
     source: str = "runs/digits.pt",
 ) -> Any:
@@ -57,7 +70,7 @@ def synthetic_analysis(
     generator = torch.Generator().manual_seed(0)
     num_modes = num_examples * num_classes
     owner = torch.arange(num_examples).repeat_interleave(num_classes)
-    eigvecs = torch.linalg.qr(torch.randn(num_modes, num_modes, generator=generator, dtype=torch.float64))[0]
+    eigvecs = orthogonal(num_modes, generator)
     strength = 4.0 * torch.arange(1, num_modes + 1, dtype=torch.float64) ** -1.3
     # Right labels agree with the leading directions, wrong ones do not.
     residual = eigvecs[:, :14] @ (torch.rand(14, generator=generator, dtype=torch.float64) + 0.4)
@@ -67,7 +80,8 @@ def synthetic_analysis(
     residual = torch.where(is_noise[owner], 0.3 * residual + 0.5 * stray, residual + 0.04 * stray)
     residual /= residual.norm()
 
-    steps = [0, *(round(1.8**k) + k for k in range(num_snapshots - 1))] if num_snapshots > 1 else [40]
+    growth = 1.8 if num_snapshots <= 16 else 3000 ** (1 / num_snapshots)
+    steps = [0, *(round(growth**k) + k for k in range(num_snapshots - 1))] if num_snapshots > 1 else [40]
     times = 0.05 * torch.tensor(steps, dtype=torch.float64)
     eigvals = 1 - torch.exp(-2 * times[:, None] * strength)
     coefficients = eigvecs.T @ residual
@@ -114,7 +128,9 @@ def synthetic_analysis(
         reservoir_share=reservoir_energy / energies,
         half_time=times_to(0.5),
         quarter_time=times_to(0.25),
+        residual_left=example_residual[-1],
         abstains="",
+        pictures=torch.randint(256, (num_examples, 8, 8, 1), generator=generator, dtype=torch.uint8) if has_pictures else None,
         ranking=lambda by="half_time": reservoir_energy.argsort(descending=True).tolist(),
         auroc={
             "reservoir_energy": 0.97,
@@ -139,6 +155,7 @@ def synthetic_analysis(
         leading=torch.stack(leading),
         example_residual=example_residual,
         signal_share=removed,
+        is_refined=[False, *[True] * (len(steps) - 1)],
     )
     if has_nan:
         history.leading[-1, 0] = torch.nan
@@ -219,7 +236,15 @@ def synthetic_analysis(
             trustworthy=is_trustworthy,
             causes=causes,
         ),
-        drift=SimpleNamespace(kernel="plain", relative=torch.linspace(0, 0.7, len(steps), dtype=torch.float64), max=0.61, final=0.6),
+        drift=SimpleNamespace(
+            kernel="plain",
+            relative=torch.linspace(0, 0.7, len(steps), dtype=torch.float64),
+            max=0.61,
+            final=0.6,
+            velocity=torch.cat([torch.tensor([torch.nan], dtype=torch.float64), 3.0 / (1 + times[1:])]),
+            alignment_start=torch.linspace(1.0, 0.6, len(steps), dtype=torch.float64),
+            alignment_targets=torch.linspace(0.1, 0.5, len(steps), dtype=torch.float64).where(torch.tensor(has_labels), torch.nan),
+        ),
         stability=0.31,
         regime="not judged",
         regime_reason="the rule compares test motions, and no query set was recorded",

@@ -18,6 +18,7 @@ from ntkscope.record.recorder import Recorder
 DemoOptimizer = Literal["sgd", "adamw", "gated"]
 OPTIMIZERS = ("sgd", "adamw", "gated")
 NUM_CLASSES = 10
+IMAGE_SHAPE = (8, 8)
 NUM_PIXELS = 64
 WIDTH = 48
 NUM_QUERY = 50
@@ -151,6 +152,7 @@ def train_demo(
         query=(data.query_inputs, encode(data.query_labels)),
         loss=loss,
         clean_targets=encode(data.clean_labels),
+        image_shape=IMAGE_SHAPE,
         every_step=optimizer != "sgd",
         audit=optimizer != "sgd",
         steps_per_epoch=None if optimizer == "sgd" else max(2, num_examples // BATCH_SIZE),

@@ -1,6 +1,7 @@
 """The probe set: training examples whose outputs are followed, and the query set held out beside it."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ntkscope.dynamics.loss import ProbeLoss, bind_loss
 from ntkscope.kernel.batch import batch_tensors, count_examples, take, to_device
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.model import forward_rows
+from ntkscope.record.pictures import make_pictures
 
 FEW = 8
 
@@ -34,6 +36,7 @@ class ProbeSet:
         num_query: q.
         forward_fn: The model's call.
         hash: SHA-256 of inputs and targets.
+        pictures: Small pictures of the inputs, where they are images.
     """
 
     inputs: Any
@@ -48,6 +51,7 @@ class ProbeSet:
     num_query: int
     forward_fn: ForwardFn | None
     hash: str
+    pictures: Tensor | None = None
 
     def tensors(self, *, with_inputs: bool = False) -> dict[str, Tensor]:
         """List what a trace keeps of the probe.
@@ -56,9 +60,14 @@ class ProbeSet:
             with_inputs: Whether to keep the inputs too, where they are one tensor.
 
         Returns:
-            Targets by name, on the CPU.
+            Targets by name, and pictures, on the CPU.
         """
-        kept = {"targets": self.targets, "clean_targets": self.clean_targets, "query_targets": self.query_targets}
+        kept = {
+            "targets": self.targets,
+            "clean_targets": self.clean_targets,
+            "query_targets": self.query_targets,
+            "pictures": self.pictures,
+        }
         if with_inputs and isinstance(self.inputs, Tensor):
             kept["inputs"] = self.inputs
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in kept.items() if tensor is not None}
@@ -72,6 +81,7 @@ def make_probe(
     loss: str | LossFn | nn.Module,
     forward_fn: ForwardFn | None,
     clean_targets: Tensor | None,
+    image_shape: Sequence[int] | None = None,
 ) -> ProbeSet:
     """Check probe and query against the model and the loss.
 
@@ -82,6 +92,7 @@ def make_probe(
         loss: As for `bind_loss`.
         forward_fn: The model's call.
         clean_targets: Shaped as the targets.
+        image_shape: Of an input, as for `make_pictures`.
 
     Returns:
         The probe set.
@@ -124,6 +135,7 @@ def make_probe(
         num_query=0 if query_targets is None else len(query_targets),
         forward_fn=forward_fn,
         hash=hash_of(inputs, targets),
+        pictures=make_pictures(inputs, image_shape),
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkscope._checks import InputError, UserError, check_choice, check_number
+from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.coverage import probe_routes
@@ -34,7 +35,7 @@ from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace, trace_from_state
 
 
-class Recorder:
+class Recorder(Displayed):
     """Records kernels and outputs of a probe set while a model trains.
 
         recorder = ntkscope.Recorder(model, probe=(x, y), loss="cross_entropy")
@@ -66,8 +67,18 @@ class Recorder:
         steps_per_epoch: Optimizer steps that pass over the training set once.
         forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`.
         clean_targets: True targets where label noise was planted, so that the analysis can be scored.
+        image_shape: (height, width) or (height, width, channels) of an input, where inputs are flattened images (channel after channel, row
+            after row): the report then shows suspicious ones. Inputs of shape (n, 1 or 3, h, w) with sides of at least 8 are recognised.
         path: Folder to write snapshots to as they are taken; in memory only if not given.
         max_memory: Bytes for the kernel computation, 2 GiB if not given.
+
+    Attributes:
+        num_snapshots: Snapshots so far; asking takes none, unlike `trace`.
+        num_steps: Optimizer steps so far.
+        is_attached: Whether it records an optimizer.
+        outputs: As given.
+        every_step: As given.
+        has_audit: As `audit`.
 
     Raises:
         InputError: If probe, query, loss or schedule do not fit the model, or a number is out of range.
@@ -93,6 +104,7 @@ class Recorder:
         steps_per_epoch: int | None = None,
         forward_fn: ForwardFn | None = None,
         clean_targets: Tensor | None = None,
+        image_shape: Sequence[int] | None = None,
         path: str | Path | None = None,
         max_memory: int | None = None,
     ) -> None:
@@ -108,7 +120,9 @@ class Recorder:
         self.outputs = outputs
         self.budget = DEFAULT_MEMORY if max_memory is None else max_memory
         self._allowance = Allowance(max_overhead, is_free=schedule != "log")
-        self.probe: ProbeSet = make_probe(model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets)
+        self.probe: ProbeSet = make_probe(
+            model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets, image_shape=image_shape
+        )
         if training_size is not None:
             check_number("training_size", training_size, low=self.probe.num_examples)
         if steps_per_epoch is not None:
@@ -158,6 +172,21 @@ class Recorder:
         self._instrument = instrument
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def num_snapshots(self) -> int:
+        """Snapshots so far."""
+        return 0 if self._trace is None else len(self._trace)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._clock.step
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it records an optimizer."""
+        return self._instrument is not None
 
     @property
     def has_audit(self) -> bool:

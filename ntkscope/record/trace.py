@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ntkscope._checks import InputError
 from ntkscope._display import Displayed
 from ntkscope.record.facts import SCHEMA, RunFacts, check_schema, facts_from
 from ntkscope.record.files import read_numbers, read_snapshot, read_tensor
+from ntkscope.record.pictures import COLOUR, GREY, MAX_SIDE
 from ntkscope.record.retiming import Retiming
 from ntkscope.record.snapshot import Snapshot
 
@@ -28,7 +30,7 @@ class Trace(Displayed):
 
     Attributes:
         facts: What does not change.
-        probe: `targets` of the probe, and if known `clean_targets`, `query_targets` and (of an audited run) `inputs`.
+        probe: `targets` and, if known, `clean_targets`, `query_targets`, `inputs` (of an audited run) and `pictures` (of images).
         source: Where it came from.
         entries: Snapshots, or the files that hold them, by step.
         retimed: Other times by step, see `rescale.rescaled`; empty for times as recorded.
@@ -199,11 +201,25 @@ def _check_order(before: tuple[int, float], after: tuple[int, float]) -> None:
 
 
 def _probe(tensors: Mapping[str, Any], facts: RunFacts, source: str) -> dict[str, Tensor]:
-    """Check that the probe's targets are there, one per example."""
+    """Check that the probe's targets are there, one per example, and that its pictures can be drawn."""
     lengths = {"targets": facts.num_examples, "clean_targets": facts.num_examples, "query_targets": facts.num_query}
-    lengths["inputs"] = facts.num_examples
+    lengths |= {"inputs": facts.num_examples, "pictures": facts.num_examples}
     probe = dict(tensors)
     is_sound = "targets" in probe and set(probe) <= set(lengths)
     if not (is_sound and all(isinstance(t, Tensor) and t.ndim and len(t) == lengths[name] for name, t in probe.items())):
         raise InputError(f"The probe in {source} is damaged: it must hold `targets`, one per example. Record the run again.")
+    pictures = probe.get("pictures")
+    if pictures is not None and not _is_drawable(pictures):
+        raise InputError(
+            f"The pictures of inputs in {source} are damaged: expected bytes of shape [{facts.num_examples}, height, width, 1 or 3] with "
+            f"at most {MAX_SIDE} pixels a side, got {pictures.dtype} {list(pictures.shape)}. Record the run again."
+        )
     return probe
+
+
+def _is_drawable(pictures: Tensor) -> bool:
+    """Say whether these can be pictures."""
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4:
+        return False
+    _, height, width, channels = pictures.shape
+    return min(height, width) >= 1 and max(height, width) <= MAX_SIDE and channels in (GREY, COLOUR)

@@ -8,7 +8,7 @@ from typing import Any
 
 import scipy  # its subpackages load when first used: scipy.stats alone would take a fifth of the time of import torch
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from ntkscope._atomic import replace_when_done
@@ -61,6 +61,7 @@ class Examples(Displayed):
         quarter_time: Likewise, when a quarter is left.
         residual_left: Share of each example's squared residual that was left at the last snapshot: orders those whose times are infinite.
         abstains: Why nothing should be called suspicious (closure errors too large); empty where nothing speaks against it.
+        pictures: Small pictures of the inputs; None where they are no images.
     """
 
     ids: list[int]
@@ -77,6 +78,7 @@ class Examples(Displayed):
     quarter_time: Float[Tensor, " examples"]
     residual_left: Float[Tensor, " examples"]
     abstains: str = ""
+    pictures: UInt8[Tensor, "examples height width channels"] | None = None
 
     def ranking(self, by: str = RECOMMENDED) -> list[int]:
         """Order the examples, most suspicious first.
