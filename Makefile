@@ -8,7 +8,8 @@ demo: .venv/ready
 	$(BIN)/ntkscope demo --out ntkscope-demo
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone" -n $$(nproc) --dist loadfile
+	$(BIN)/python -m pytest -q -m alone
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -28,6 +29,7 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.jumps
 	$(BIN)/python -m benchmarks.diffusion
 	$(BIN)/python -m benchmarks.uncertainty
+	$(BIN)/python -m benchmarks.report_speed
 	$(BIN)/python -m benchmarks.gate_step
 	$(BIN)/python -m benchmarks.live_audit
 	$(BIN)/python -m benchmarks.audit_time

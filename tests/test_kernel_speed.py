@@ -18,6 +18,7 @@ from benchmarks.measure import ROOT, STATUS, measure_side, time_sides
 TIMED = [case for case in CASES if case.asked_speed is not None]
 COMPARED = [case for case in CASES if case.asked_share is not None]
 SLOW = 50  # asked to be this many times faster: one call tells, and the contraction takes long
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(not STATUS.exists(), reason="resident memory is read from /proc")
 
 

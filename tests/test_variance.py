@@ -23,9 +23,6 @@ from ntkscope.gate.variance import (
 from ntkscope.gate.variance_ratio import QUANTILES, compare_variances
 from ntkscope.kernel.moments import GradientMoments, gradient_moments
 
-HAS_VARIANCE_OF = hasattr(GatedAdamW, "variance_of")
-needs_variance_of = pytest.mark.skipif(not HAS_VARIANCE_OF, reason="GatedAdamW.variance_of is not there yet")
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -121,7 +118,6 @@ def test_streaming_averages_half_precision_in_float32():
     assert tracker.mean()["w"].dtype == torch.float32
 
 
-@needs_variance_of
 def test_streaming_variance_of_the_optimizer_is_that_of_the_tracker():
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
