@@ -6,58 +6,72 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
-from .options import parse_kind, parse_size
+from .options import KINDS, completed, parse_kind, parse_size
+
+EXAMPLES = r"""
+ntkscope check --model net.py:make --data data.py:train
+ntkscope check step900.pt --model net.py:make \
+    --data digits.npz --outputs trace --max-memory 8G
+"""
 
 
 def check(
-    model: Annotated[str, typer.Option(metavar="SPEC", help="Makes the model: `file.py:function` or `pkg.module:function`.")],
-    data: Annotated[str, typer.Option(metavar="SPEC", help="Inputs and targets: `file.py:function`, .npz, .safetensors or .pt.")],
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="A checkpoint with the weights to check the model with.")] = None,
-    outputs: Annotated[str, typer.Option(metavar="KIND", help="full, trace, sum or class=k.")] = "full",
+    model: Annotated[str, typer.Option(metavar="SPEC", help="Makes the model: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Inputs and targets: FILE.py:FUNCTION, .npz, .safetensors or .pt.")],
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", hidden=True)] = None,
+    outputs: Annotated[
+        str, typer.Option(metavar="KIND", autocompletion=completed(KINDS), help="Kernel to price: full, trace, sum or class=K.")
+    ] = "full",
     weighted: Annotated[
         bool, typer.Option("--weighted", help="Price it with an elementwise preconditioner, as Adam and gates have.")
     ] = False,
-    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the kernel, for example 4G; 2G if not given.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", show_default="2G", help="Memory for the kernel, for example 4G.")
+    ] = None,
 ) -> None:
-    """Say how a model's kernel would be computed, test that on a few examples, and price it; no spectrum is computed.
+    """Test and price the kernel of a model.
 
-    Examples:
-      ntkscope check --model net.py:make --data data.py:train
-
-      ntkscope check step900.pt --model net.py:make --data digits.npz --outputs trace --max-memory 8G
+    Says how it would be computed and what that costs. Tests the route of every parameter on a few examples against autograd;
+    computes no spectrum. PATH is a checkpoint with the weights to check the model with; without it the model is taken as it is made.
     """
     limit, kind = parse_size(max_memory), parse_kind(outputs)
     with failures_reported():
-        from rich.console import Console
-        from rich.table import Table
+        from .progress import stages_shown
 
-        import ntkscope
-        from ntkscope.record.checkpoint import find_weights, load_checkpoint
-        from ntkscope.record.spec import load_data, load_model
-        from ntkscope.record.trajectory import load_weights
+        with stages_shown() as stages:
+            stages.begin("loading PyTorch")
+            import ntkscope
+            from ntkscope.record.checkpoint import find_weights, load_checkpoint
+            from ntkscope.record.spec import load_data, load_model
+            from ntkscope.record.trajectory import load_weights
 
-        network = load_model(model)
-        inputs, _ = load_data(data)
-        if path is not None:
-            load_weights(network, find_weights(load_checkpoint(path), path), path)
-        price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, max_memory=limit)
+            stages.begin("loading model and data")
+            network = load_model(model)
+            inputs, _ = load_data(data)
+            if path is not None:
+                load_weights(network, find_weights(load_checkpoint(path), path), path)
+            stages.begin("checking every parameter")
+            price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, max_memory=limit)
 
-        console = Console(highlight=False)
-        table = Table("parameter", "shape", "route", box=None, pad_edge=False)
+        from .terminal import print_rows, result_console
+
+        console = result_console(unfolded=True)
+        rows = []
         for name, parameter in network.named_parameters():
             shape = " x ".join(map(str, parameter.shape)) or "1"
             route = coverage.routes.get(name)
             if route is None:
-                table.add_row(name, shape, f"excluded: {coverage.excluded[name]}" if name in coverage.excluded else "tied")
-            else:
-                table.add_row(name, shape, route + (f": {coverage.reasons[name]}" if name in coverage.reasons else ""))
-        console.print(table)
+                route = f"excluded: {coverage.excluded[name]}" if name in coverage.excluded else "tied"
+            elif name in coverage.reasons:
+                route += f": {coverage.reasons[name]}"
+            rows.append((name, shape, route))
+        print_rows(console, ("parameter", "shape", "route"), rows)
         left = sum(route in ("torch.func", "loop") for route in coverage.routes.values())
         console.print(
             f"\nCoverage: {len(coverage.routes) - left} parameters by rules, {left} by autograd, {len(coverage.excluded)} excluded."
         )
         console.print("Probe: the Jacobian of four examples agrees with autograd in every parameter.")
-        console.print(describe_price(price), soft_wrap=True, markup=False)
+        console.print(describe_price(price))
 
 
 def describe_price(price: object) -> str:

@@ -1,7 +1,7 @@
 """The only orchestration: from a record of a run to an `Analysis`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def analyze(
     device: torch.device | str | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Analysis:
     """Split what a run learned from what it left alone.
 
@@ -98,7 +99,8 @@ def analyze(
             holds audit data (`Recorder(audit=True)`) and the model is at hand.
         device: Where to decompose matrices, for example "cuda"; the CPU if not given.
         max_memory: Bytes; a job that needs more is refused before it starts. No limit if not given.
-        progress: Called with (snapshots done, snapshots in all).
+        progress: Called with (parts done, parts in all) of the stage that is going on.
+        stage: Called with a few words when a stage begins; some stages report no progress.
 
     Returns:
         The analysis.
@@ -113,6 +115,7 @@ def analyze(
     if isinstance(loss, str):
         check_choice("loss", loss, NAMED_LOSSES)
     check_device(device)
+    begin = stage or _ignore
     found = None
     if isinstance(source, Trace | Recorder) or (model is None and data is None):
         found = trace_of(source)
@@ -124,6 +127,7 @@ def analyze(
         raise InputError("Bare checkpoints need all of `model`, `data` and `loss` (--model, --data, --loss).")
     else:
         paths = [source] if isinstance(source, str | Path) else source
+        begin("computing kernels")
         trace = trace_from_checkpoints(paths, model, data, loss=loss, query=query, times=times, max_memory=max_memory, progress=progress)
     if len(trace) < 2:
         raise InputError(
@@ -146,11 +150,13 @@ def analyze(
         positions = audited_positions(trace, start, options.num_steps)
         check_price(price_of(trace.facts, audited, len(positions), options), max_memory)
         keeper = ChannelKeeper(positions, cutoff)
+    begin("analyzing")
     walk = walk_trajectory(
         course, target_kernel=target_kernel(trace), device=device, progress=progress, visit=None if keeper is None else keeper.visit
     )
     gate_audit = None
     if keeper is not None and options is not None and audited is not None:
+        begin("auditing the gate")
         gate_audit = audit_run(trace, keeper, audited, options, loss=bound, max_memory=max_memory, progress=progress)
     end = (
         default_stop(walk, trace.steps[start])
@@ -163,8 +169,10 @@ def analyze(
         state, summed = walk.last, walk.summed
     uncertainty = None
     if jackknife is not None:
+        begin("leaving out examples")
         shorter = Course(trace, start, start + end.index, loss=bound)
         uncertainty = estimate_uncertainty(shorter, cutoff=cutoff, num_groups=jackknife, device=device, progress=progress)
+    begin("drawing conclusions")
     return _conclude(
         trace,
         walk,
@@ -178,6 +186,10 @@ def analyze(
         gate=gate_of(walk, trace, gate_audit, audit_reason),
         device=device,
     )
+
+
+def _ignore(_: str) -> None:
+    """Tell nobody."""
 
 
 def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:

@@ -71,7 +71,7 @@ def estimate_uncertainty(
         cutoff: The chosen rule.
         num_groups: G, from 3 to half the number of examples.
         device: Where to decompose.
-        progress: Called with (replicates done, replicates in all).
+        progress: Called with (parts done, parts in all); a part is a leg of a replicate, or its decomposition.
 
     Returns:
         Standard errors.
@@ -89,15 +89,20 @@ def estimate_uncertainty(
     everyone = torch.arange(facts.num_examples)
     kept = [everyone[~torch.isin(everyone, group)] for group in left_out]
     states = [_start(course, examples) for examples in kept]
+    done, total = 0, num_groups * (min(MAX_LEGS, course.stop - course.start) + 1)
     for leg in course.merged_legs(MAX_LEGS):
         for k, examples in enumerate(kept):
             for piece in factor_leg(leg, kept=examples, device=device):
                 states[k] = piece.extend(states[k])
+            done += 1
+            if progress is not None:
+                progress(done, total)
     replicates = []
-    for done, (state, examples) in enumerate(zip(states, kept, strict=True)):
+    for state, examples in zip(states, kept, strict=True):
         replicates.append(_read(course, state, examples, cutoff, device))
+        done += 1
         if progress is not None:
-            progress(done + 1, num_groups)
+            progress(done, total)
     energies = torch.full((num_groups, facts.num_examples), torch.nan, dtype=torch.float64)
     for row, examples, replicate in zip(energies, kept, replicates, strict=True):
         row[examples] = replicate.energy

@@ -259,14 +259,14 @@ BARE = ("step00.pt", "step20.pt")
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:single", "--loss", "cross_entropy"), "n = 1"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:mismatched", "--loss", "cross_entropy"), "4 inputs, but 5 targets"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:no_pair", "--loss", "cross_entropy"), "must give a pair"),
-        ((*BARE, *SPECS[:4], "--loss", "hinge"), "`loss` must be one of"),
+        ((*BARE, *SPECS[:4], "--loss", "hinge"), "'hinge' is none of squared, mse, cross_entropy"),
         ((*BARE, "--model", "specs.py:pair", *SPECS[2:]), "must return a tensor"),
         ((*BARE, *SPECS, "--max-memory", "100"), "more than"),
         (("trace.pt", "--cutoff", "third"), "Unknown cutoff rule 'third'"),
         (("trace.pt", "--window", "0:1000"), "outside the trace"),
         (("trace.pt", "--window", "5:5"), "outside the trace, or empty"),
         (("trace.pt", "--window", "5"), "is no window"),
-        (("trace.pt", "--loss", "hinge"), "`loss` must be one of"),
+        (("trace.pt", "--loss", "cross_entrpy"), "Did you mean cross_entropy?"),
         (("trace.pt", "--device", "quantum"), "Device 'quantum' cannot be used here"),
         (("trace.pt", "--max-memory", "1K"), "GiB allowed"),
         (("trace.pt", "--max-memory", "lots"), "is no size"),
@@ -284,9 +284,7 @@ def test_bad_input_gets_one_message_and_writes_nothing(arguments, message, bare,
     checkpoint["ntkscope"]["snapshots"] = snapshots[:1]
     torch.save(checkpoint, "short_trace.pt")
     result = run("analyze", *arguments, "--out", "out")
-    # typer folds and frames its own messages
-    said = " ".join(result.output.replace("│", " ").split())
-    assert message in said
+    assert message in " ".join(result.output.split())
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert not (bare / "out").exists()
@@ -314,8 +312,8 @@ def test_bad_rows_that_depend_on_one_another(name, bare):
         (("--examples", 1), "`examples` must lie in [2, 1747], got 1"),
         (("--examples", 5000), "`examples` must lie in"),
         (("--label-noise", 1.5), "`label_noise` must lie in [0, 1]"),
-        (("--optimizer", "lbfgs"), "`optimizer` must be one of 'sgd', 'adamw', 'gated'"),
-        (("--loss", "hinge"), "`loss` must be one of"),
+        (("--optimizer", "lbfgs"), "'lbfgs' is none of sgd, adamw, gated"),
+        (("--loss", "hinge"), "'hinge' is none of squared"),
         (("--steps", 0), "`steps` must be at least 1"),
     ],
 )
@@ -330,7 +328,7 @@ def test_bad_place_to_write(demo, tmp_path):
     (tmp_path / "taken").write_text("a file")
     result = run("analyze", demo[0] / "checkpoint.pt", "--out", tmp_path / "taken", "--no-report")
     assert result.exit_code == 2
-    assert "cannot write" in result.output
+    assert "is a file, and a folder is written. Give another name." in result.output
     assert (tmp_path / "taken").read_text() == "a file"
 
 
