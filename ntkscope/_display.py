@@ -9,7 +9,18 @@ from ntkscope._checks import UnsupportedError
 
 
 class Displayed:
-    """Adds the notebook representation to a result."""
+    """Adds to a result how it is shown: a table in notebooks, one line elsewhere."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # In the class itself: `dataclass` would write its own, which prints whole tensors, over one that is inherited.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Displayed.__repr__
+
+    def __repr__(self) -> str:
+        from ntkscope.view import brief
+
+        return brief.line_of(self)
 
     def _repr_html_(self) -> str:
         from ntkscope.view import notebook

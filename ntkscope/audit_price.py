@@ -52,7 +52,7 @@ class AuditPrice(Displayed):
         """
         return (
             f"Auditing the gate: {self.num_steps} steps, {self.num_permutations} permutations, about {format_bytes(self.peak_bytes)} and "
-            f"{max(1, round(self.seconds)):,} s beside the analysis."
+            f"{max(1.0, self.seconds):,.0f} s beside the analysis."
         )
 
 

@@ -67,7 +67,7 @@ class RunInfo(Displayed):
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Displayed):
     """The part of the run that was analyzed.
 
     Attributes:

@@ -13,8 +13,7 @@ from rich.console import Console
 from view_case import NUM_NOISY, synthetic_analysis
 
 from ntkscope._checks import InputError
-from ntkscope.results import GateStats
-from ntkscope.view import drawing, figures, findings, notebook, report, spectrum_figures, suspects, text, words
+from ntkscope.view import drawing, figures, notebook, report, spectrum_figures, suspects, text, words
 
 CASES = {
     "normal": {},
@@ -237,7 +236,7 @@ def test_hostile_strings_are_escaped_everywhere():
     for figure in (make(analysis) for make in figures.FIGURES.values()):
         assert "<script>" not in _title(figure)
         assert "<img" not in figure.to_json()
-    assert "<script>" not in text.analysis_html(analysis)
+    assert "<script>" not in notebook.analysis_html(analysis)
     shown = _printed(analysis)
     assert "\x1b" not in shown
     assert "[red]x[/red]" in shown
@@ -307,22 +306,6 @@ def test_summary_respects_no_color(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[1;36m" not in _printed(synthetic_analysis(), force_terminal=True)
     assert "\x1b" not in _printed(synthetic_analysis())
-
-
-def test_notebook_table_is_small_html(analysis):
-    shown = text.analysis_html(analysis)
-    assert shown.startswith("<table>")
-    assert findings.headline(analysis) in shown
-    assert len(shown) < 4000
-
-
-def test_notebooks_show_real_results():
-    share = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    gate = GateStats(kind="<soft>", steps=[0, 1], open_share=share, by_parameter={"<b>": share})
-    shown = notebook.html_of(gate)
-    assert "&lt;soft&gt;" in shown
-    assert "tensor 2, float64" in shown
-    assert "&lt;b&gt;" in shown
 
 
 @pytest.mark.parametrize(

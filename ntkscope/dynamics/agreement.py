@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntkscope._checks import InputError
+from ntkscope._display import Displayed
 
 SCALE_LIMIT = 0.1
 UNEXPLAINED_LIMIT = 0.05
@@ -16,7 +17,7 @@ STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
-class GradientAgreement:
+class GradientAgreement(Displayed):
     """What the optimizer received, against the gradient of the loss on the probe.
 
     Attributes:

@@ -12,7 +12,7 @@ from ntkscope._display import Displayed
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Displayed):
     """How well a prediction of the test motion fits.
 
     Attributes:

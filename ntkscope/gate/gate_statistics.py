@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntkscope._display import Displayed
+
 # Below this mean gate, motion that is mostly decay is blamed on the gate.
 NEARLY_CLOSED = 0.1
 
@@ -17,7 +19,7 @@ MOSTLY_DECAY = (
 
 
 @dataclass(frozen=True)
-class GateShare:
+class GateShare(Displayed):
     """What the gate of one parameter let through.
 
     Attributes:
@@ -37,7 +39,7 @@ class GateShare:
 
 
 @dataclass(frozen=True)
-class OptimizerGateStatistics:
+class OptimizerGateStatistics(Displayed):
     """What the gates of an optimizer let through since the last reset.
 
     Attributes:

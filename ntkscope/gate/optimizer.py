@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from ntkscope._checks import InputError, UnsupportedError
+from ntkscope._display import Displayed
 from ntkscope._types import GateKind
 from ntkscope.gate.adamw_state import HALF_PRECISION, adamw_of, check_adamw, gated_groups, gated_state
 from ntkscope.gate.gate_statistics import OptimizerGateStatistics, new_counts, summarize_counts
@@ -16,7 +17,7 @@ from ntkscope.gate.step import Alpha, Center, Decay, current_gate
 from ntkscope.gate.update import AVERAGES, Job, check_gradient, check_variances, local_part, new_state, prepare_jobs, run_jobs
 
 
-class GatedAdamW(Optimizer):
+class GatedAdamW(Displayed, Optimizer):
     """A drop-in for torch.optim.AdamW with a gate on every parameter; every option can be set per parameter group.
 
     Args:
@@ -99,6 +100,9 @@ class GatedAdamW(Optimizer):
         }
         self._counts: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
+
+    def __repr__(self) -> str:
+        return Optimizer.__repr__(self)  # what every optimizer prints: its groups
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

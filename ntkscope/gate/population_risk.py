@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntkscope._checks import InputError, InputTypeError, check_finite, check_number
+from ntkscope._display import Displayed
 from ntkscope.gate.variance import Gradients, check_same, named_gradients
 from ntkscope.kernel.moments import GradientMoments
 from ntkscope.kernel.precond import Precond
@@ -29,7 +30,7 @@ FEWEST_RESAMPLES = 0.5  # of those asked for, that have a correlation
 
 
 @dataclass(frozen=True)
-class RiskRate:
+class RiskRate(Displayed):
     """Decrease per unit of optimizer time, over the entries of one parameter or all of them.
 
     Attributes:
@@ -49,7 +50,7 @@ class RiskRate:
 
 
 @dataclass(frozen=True)
-class PopulationRisk:
+class PopulationRisk(Displayed):
     """Rates of a model.
 
     Attributes:
@@ -163,7 +164,7 @@ def _weight(precond: Precond, name: str, mean: Tensor) -> Float[Tensor, "..."]:
 
 
 @dataclass(frozen=True)
-class Correlation:
+class Correlation(Displayed):
     """A correlation and its 95 % interval.
 
     Attributes:
@@ -178,7 +179,7 @@ class Correlation:
 
 
 @dataclass(frozen=True)
-class HeldoutCorrelation:
+class HeldoutCorrelation(Displayed):
     """How predicted decreases of population risk go with measured decreases of a held-out loss.
 
     Attributes:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntkscope._checks import InputError, check_number
+from ntkscope._display import Displayed
 from ntkscope.gate.step import Alpha, gate_values, resolve_alpha
 from ntkscope.gate.variance import Gradients, check_same, named_gradients
 
@@ -26,7 +27,7 @@ SCATTERED = "it is right in sum but stale or noisy in single entries"
 
 
 @dataclass(frozen=True)
-class VarianceRatio:
+class VarianceRatio(Displayed):
     """How one variance differs from another, over the entries of one tensor or all of them.
 
     Attributes:
@@ -49,7 +50,7 @@ class VarianceRatio:
 
 
 @dataclass(frozen=True)
-class VarianceComparison:
+class VarianceComparison(Displayed):
     """A streaming variance against an exact one, and what the difference does to the hard gate m̂² > α ŝ.
 
     Attributes:

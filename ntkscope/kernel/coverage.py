@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, UserError, check_finite, format_bytes
+from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, GramMethod
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.capture import undisturbed
@@ -47,7 +48,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Displayed):
     """The route of every parameter, and what the probe measured.
 
     Attributes:

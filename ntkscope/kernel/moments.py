@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, check_finite, check_memory
+from ntkscope._display import Displayed
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.batch import count_examples, take, to_device
@@ -55,7 +56,7 @@ TRY_ALONE = (
 
 
 @dataclass(frozen=True)
-class GradientMoments:
+class GradientMoments(Displayed):
     """Moments over examples of per-example loss gradients g_a, in float64 (theory.md, section 6).
 
     Attributes:

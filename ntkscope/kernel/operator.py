@@ -11,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, InputTypeError, check_finite, check_memory
+from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
@@ -26,7 +27,7 @@ from ntkscope.kernel.top_eig import EigSolver, TopEigenpairs, top_eigenpairs
 LARGEST_CHUNK = 64  # vectors; with more, a pass costs as much a vector, and activations of fewer examples fit
 
 
-class NTKOperator(LinearOperator):
+class NTKOperator(Displayed, LinearOperator):
     """The empirical NTK K = J M J'ᵀ as a linear operator, (N, N'), without the matrix or the Jacobians.
 
     A `scipy.sparse.linalg.LinearOperator` on arrays, and a callable on torch tensors that stays on their device. The model is run

@@ -12,6 +12,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 from torch import Tensor
 
 from ntkscope._checks import InputError, check_choice, check_number
+from ntkscope._display import Displayed
 
 EigSolver = Literal["eigsh", "lobpcg"]
 SOLVERS: tuple[EigSolver, ...] = ("eigsh", "lobpcg")
@@ -21,7 +22,7 @@ BLOCKS = 5  # LOBPCG holds three blocks of k vectors; below five scipy forms the
 
 
 @dataclass(frozen=True)
-class TopEigenpairs:
+class TopEigenpairs(Displayed):
     """The k largest eigenvalues of a kernel, with their eigenvectors.
 
     Attributes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ntkscope._checks import InputError
+from ntkscope._display import Displayed
 from ntkscope.record.fields import check_fields
 
 SCHEMA = "ntkscope.trace/3"
@@ -18,7 +19,7 @@ KERNEL_FORMS = ("full", "trace")
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunFacts(Displayed):
     """What does not change along a run.
 
     Attributes:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntkscope._checks import InputError, check_finite
+from ntkscope._display import Displayed
 from ntkscope.record.fields import check_fields
 
 NUMBERS = {"step", "time", "learning_rates", "loss"}
@@ -18,7 +19,7 @@ REQUIRED = {"outputs", "gradient", "hessian", "kernel_upper"}
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Displayed):
     """One moment of a run.
 
     Attributes:

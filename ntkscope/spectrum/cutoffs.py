@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ntkscope._checks import InputError
+from ntkscope._display import Displayed
 from ntkscope.spectrum.eigen import Spectrum, squared_rows
 
 ALWAYS_SHOWN = ("half", "energy", "gap", "rank", "mp", "gd", "risk")
@@ -20,7 +21,7 @@ GAVISH_DONOHO = 2.858
 
 
 @dataclass(frozen=True)
-class Cutoff:
+class Cutoff(Displayed):
     """One rule's verdict.
 
     Attributes:

@@ -16,7 +16,7 @@ THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class SensitivityRow:
+class SensitivityRow(Displayed):
     """What one cutoff gives.
 
     Attributes:

@@ -1,6 +1,7 @@
 """What stands behind the split, in sentences: did test points move as predicted, is it more than chance, does the cutoff matter."""
 
 import math
+from typing import Any
 
 from ntkscope.view.words import AnalysisLike, number, percent
 
@@ -25,6 +26,24 @@ def reach(analysis: AnalysisLike) -> list[str]:
     transfer = analysis.transfer
     if transfer is None:
         return [f"Held-out outputs were not compared: {analysis.transfer_reason}."]
+    sentences = predicted_motion(transfer)
+    share = analysis.truncation.reservoir_query_share
+    if share is not None:
+        sentences.append(f"Predicting with the signal channel only would miss {percent(share)} of that motion.")
+    if analysis.cells is not None:
+        sentences.append(four_cells(analysis.cells))
+    return sentences
+
+
+def predicted_motion(transfer: Any) -> list[str]:
+    """Say how well the motion of held-out outputs was predicted.
+
+    Args:
+        transfer: A `Transfer`, or what has its fields.
+
+    Returns:
+        Sentences.
+    """
     sentences = [
         f"The operators predict how held-out outputs moved with correlation {number(transfer.fit.correlation)} and an error of "
         f"{percent(transfer.fit.relative_error)}."
@@ -32,19 +51,25 @@ def reach(analysis: AnalysisLike) -> list[str]:
     others = [f"{BASELINES[name]} {percent(fit.relative_error)}" for name, fit in transfer.baselines.items()]
     if others:
         sentences.append(f"Simpler predictions: {', '.join(others)}.")
-    share = analysis.truncation.reservoir_query_share
-    if share is not None:
-        sentences.append(f"Predicting with the signal channel only would miss {percent(share)} of that motion.")
-    cells = analysis.cells
-    if cells is not None:
-        kind = "Estimated roughly, by the population-risk rule" if cells.is_estimate else "By the planted noise"
-        norms = cells.norms
-        sentences.append(
-            f"{kind}, of the predicted motion's size: clean labels through the signal channel {percent(norms['signal_clean'])}, "
-            f"through the reservoir {percent(norms['reservoir_clean'])}; label noise {percent(norms['signal_noise'])} and "
-            f"{percent(norms['reservoir_noise'])}."
-        )
     return sentences
+
+
+def four_cells(cells: Any) -> str:
+    """Say how much of the predicted motion is due to clean labels and to noise.
+
+    Args:
+        cells: A `Cells`, or what has its fields.
+
+    Returns:
+        One sentence.
+    """
+    kind = "Estimated roughly, by the population-risk rule" if cells.is_estimate else "By the planted noise"
+    norms = cells.norms
+    return (
+        f"{kind}, of the predicted motion's size: clean labels through the signal channel {percent(norms['signal_clean'])}, "
+        f"through the reservoir {percent(norms['reservoir_clean'])}; label noise {percent(norms['signal_noise'])} and "
+        f"{percent(norms['reservoir_noise'])}."
+    )
 
 
 ABOUT_CHANNELS = (
@@ -75,6 +100,19 @@ def gating(analysis: AnalysisLike) -> list[str]:
     return sentences
 
 
+def gate_head(analysis: AnalysisLike) -> str:
+    """Give what is said of the gate a title.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        A question where the gate was none of the run's own.
+    """
+    audit = None if analysis.gate is None else analysis.gate.audit
+    return "What would gating do?" if audit is not None and audit.is_counterfactual else "The gate"
+
+
 def chance(analysis: AnalysisLike) -> list[str]:
     """Say whether there is more signal than shuffled labels would show, and how far the split depends on cutoff and examples.
 
@@ -85,20 +123,11 @@ def chance(analysis: AnalysisLike) -> list[str]:
         Sentences.
     """
     sentences = []
-    null = analysis.null
-    if null is not None:
-        verdict = "more signal than chance" if null.p <= 0.05 else "no more signal than chance"
-        score = "" if math.isnan(null.z) else f", {number(null.z)} standard deviations away"
-        sentences.append(
-            f"Against {null.num_shuffles} shuffles of the labels: {verdict}. Training removed {percent(null.observed)} of the squared "
-            f"residual, of shuffled labels' {percent(null.mean)}{score} (p = {number(null.p, 2)})."
-        )
-    lowest = analysis.sensitivity.smallest_rank_correlation
-    if not math.isnan(lowest):
-        depends = "depends on the cutoff" if lowest < RULE_DEPENDENT else "hardly depends on the cutoff"
-        sentences.append(
-            f"The order of examples {depends}: for cutoffs of ω from 0.25 to 0.9 its rank correlation is at least {number(lowest, 2)}."
-        )
+    if analysis.null is not None:
+        sentences.append(against_shuffles(analysis.null))
+    depends = cutoff_dependence(analysis.sensitivity)
+    if depends:
+        sentences.append(depends)
     errors = analysis.uncertainty
     if errors is not None:
         sentences.append(
@@ -111,3 +140,36 @@ def chance(analysis: AnalysisLike) -> list[str]:
     if diffusion is not None:
         sentences.append(f"Minibatches: {diffusion.sampler.reason}")
     return sentences
+
+
+def against_shuffles(null: Any) -> str:
+    """Say whether there is more signal than shuffled labels would show.
+
+    Args:
+        null: A `Null`, or what has its fields.
+
+    Returns:
+        One sentence or two.
+    """
+    verdict = "more signal than chance" if null.p <= 0.05 else "no more signal than chance"
+    score = "" if math.isnan(null.z) else f", {number(null.z)} standard deviations away"
+    return (
+        f"Against {null.num_shuffles} shuffles of the labels: {verdict}. Training removed {percent(null.observed)} of the squared "
+        f"residual, of shuffled labels' {percent(null.mean)}{score} (p = {number(null.p, 2)})."
+    )
+
+
+def cutoff_dependence(sensitivity: Any) -> str:
+    """Say whether the order of examples depends on the cutoff.
+
+    Args:
+        sensitivity: A `Sensitivity`, or what has its fields.
+
+    Returns:
+        One sentence; empty where it cannot be told.
+    """
+    lowest = sensitivity.smallest_rank_correlation
+    if math.isnan(lowest):
+        return ""
+    depends = "depends on the cutoff" if lowest < RULE_DEPENDENT else "hardly depends on the cutoff"
+    return f"The order of examples {depends}: for cutoffs of ω from 0.25 to 0.9 its rank correlation is at least {number(lowest, 2)}."

@@ -1,6 +1,5 @@
 """The summary for a terminal: sentences with numbers, one screen, no markup that a pipe or an old encoding could not take."""
 
-import html
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from rich.text import Text
 from ntkscope.view.evidence import chance, gating, reach
 from ntkscope.view.findings import Verdict, headline, learned, next_steps, stored, verdict
 from ntkscope.view.suspects import Score, Suspect, found_among, shown_scores, suspects
-from ntkscope.view.words import SPACE, AnalysisLike, percent
+from ntkscope.view.words import SPACE, AnalysisLike
 
 MAX_WIDTH = 100  # longer lines are hard to read
 TERMINAL_SCORES = ("reservoir_energy", "loss", "margin", "area_under_margin", "self_influence", "half_time")
@@ -183,51 +182,3 @@ def _readable(text: str, encoding: str) -> str:
             shown = shown.replace(letter, word)
         shown = SPACE.join(part.encode("ascii", errors="replace").decode("ascii") for part in shown.split(SPACE))
     return shown
-
-
-def analysis_html(analysis: AnalysisLike) -> str:
-    """Describe an analysis in a notebook cell.
-
-    Args:
-        analysis: The result.
-
-    Returns:
-        A small HTML table.
-    """
-    judged = verdict(analysis)
-    rows = [
-        ("what was found", headline(analysis)),
-        ("learned", " ".join(learned(analysis))),
-        ("reservoir", " ".join(stored(analysis))),
-        ("held-out", " ".join(reach(analysis))),
-        ("chance?", " ".join(chance(analysis))),
-        ("believe it?", f"{judged.short}. {' '.join(judged.sentences)}"),
-    ]
-    if gating(analysis):
-        rows.append(("gate", " ".join(gating(analysis))))
-    scores = analysis.examples.auroc
-    if scores:
-        rows.append(("AUROC", ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items())))
-    named = ", ".join(f"{row.id} ({percent(float(analysis.examples.reservoir_share[row.position]))})" for row in suspects(analysis, (), 5))
-    if named:
-        rows.append(("most suspicious", f"{named}: share of their initial error in the reservoir"))
-    rows.append(("more", "analysis.plot.spectrum(), analysis.plot.eigenstructure(), analysis.report('report.html')"))
-    return rows_html(rows, f"Analysis of {analysis.run.source}")
-
-
-def rows_html(rows: Sequence[tuple[str, str]], caption: str) -> str:
-    """Set rows of two columns; everything is escaped.
-
-    Args:
-        rows: (name, text).
-        caption: Head of the table.
-
-    Returns:
-        HTML.
-    """
-    body = "".join(
-        f'<tr><th scope="row" style="text-align:left;vertical-align:top">{html.escape(name)}</th>'
-        f'<td style="text-align:left;max-width:48em;white-space:normal">{html.escape(text)}</td></tr>'
-        for name, text in rows
-    )
-    return f'<table><caption style="text-align:left;font-weight:bold">{html.escape(caption)}</caption><tbody>{body}</tbody></table>'
