@@ -1,18 +1,42 @@
 """Opening the trace of a run, new or resumed."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ntkscope._checks import InputError
+from ntkscope._checks import InputError, check_number
 from ntkscope.kernel.model import kinked_kinds, train_only_kinds
 from ntkscope.record import optimizers
 from ntkscope.record.audit import mean_decay
 from ntkscope.record.facts import RunFacts
 from ntkscope.record.files import TraceWriter
 from ntkscope.record.instrument import Instrument
-from ntkscope.record.trace import Trace, load_trace
+from ntkscope.record.probe import ProbeSet
+from ntkscope.record.trace import Trace, load_trace, trace_from_state
+
+
+def check_sizes(probe: ProbeSet, *, training_size: int | None, steps_per_epoch: int | None) -> dict[str, int | None]:
+    """Check what the user says of the training set.
+
+    Args:
+        probe: What is followed of it.
+        training_size: Examples in the whole of it.
+        steps_per_epoch: Optimizer steps that pass over it once.
+
+    Returns:
+        The two, by name.
+
+    Raises:
+        InputError: If one is too small.
+    """
+    if training_size is not None:
+        check_number("training_size", training_size, low=probe.num_examples)
+    if steps_per_epoch is not None:
+        check_number("steps_per_epoch", steps_per_epoch, low=1)
+    return {"training_size": training_size, "steps_per_epoch": steps_per_epoch}
 
 
 def describe_run(instrument: Instrument, *, training_size: int | None, steps_per_epoch: int | None) -> RunFacts:
@@ -86,6 +110,28 @@ def open_trace(facts: RunFacts, probe: dict[str, Tensor], resumed: Trace | None,
         for snapshot in list(resumed):
             resumed.entries[snapshot.step] = on_disk.get(snapshot.step) or writer.write(snapshot)
     return resumed
+
+
+def resume_trace(state: Mapping[str, Any], probe: ProbeSet, outputs: str) -> Trace:
+    """Rebuild the trace of a run to go on with.
+
+    Args:
+        state: A recorder's.
+        probe: Of the new recorder.
+        outputs: Its form of the kernel.
+
+    Returns:
+        The trace.
+
+    Raises:
+        InputError: If the state is damaged, or of another probe or form.
+    """
+    trace = trace_from_state(state, "the given state")
+    if trace.facts.probe_hash != probe.hash:
+        raise InputError("The state was recorded on another probe set (inputs or targets differ). Give the recorder the same probe.")
+    if trace.facts.outputs != outputs:
+        raise InputError(f"The state was recorded with outputs={trace.facts.outputs!r}, not {outputs!r}. Resume with the same.")
+    return trace
 
 
 def _precond_kind(optimizer: Optimizer, precond: optimizers.PrecondFn | None) -> str:

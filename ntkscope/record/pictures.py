@@ -50,7 +50,7 @@ def _recognised(inputs: Any) -> Tensor | None:
 
 def _checked(image_shape: Sequence[int]) -> tuple[int, int, int]:
     """Check the shape of an image, and complete it."""
-    shape: tuple[int, ...] = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    shape = list(image_shape) if isinstance(image_shape, Sequence) else []
     is_sound = len(shape) in (2, 3) and all(isinstance(side, int) and side >= 1 for side in shape)
     if not is_sound or (len(shape) == 3 and shape[2] not in (GREY, COLOUR)):
         raise InputError(

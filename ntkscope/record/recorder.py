@@ -27,12 +27,12 @@ from ntkscope.record.following import Following
 from ntkscope.record.gradient_audit import GradientAudit
 from ntkscope.record.instrument import Instrument
 from ntkscope.record.live_audit import LiveAudit
-from ntkscope.record.opening import describe_run, open_trace
+from ntkscope.record.opening import check_sizes, describe_run, open_trace, resume_trace
 from ntkscope.record.placement import Placement
 from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.schedule import Schedule, check_schedule
 from ntkscope.record.snapshot import Snapshot
-from ntkscope.record.trace import Trace, trace_from_state
+from ntkscope.record.trace import Trace
 
 
 class Recorder(Displayed):
@@ -123,11 +123,7 @@ class Recorder(Displayed):
         self.probe: ProbeSet = make_probe(
             model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets, image_shape=image_shape
         )
-        if training_size is not None:
-            check_number("training_size", training_size, low=self.probe.num_examples)
-        if steps_per_epoch is not None:
-            check_number("steps_per_epoch", steps_per_epoch, low=1)
-        self._sizes: dict[str, Any] = {"training_size": training_size, "steps_per_epoch": steps_per_epoch}
+        self._sizes = check_sizes(self.probe, training_size=training_size, steps_per_epoch=steps_per_epoch)
         self._placement = Placement(schedule, tolerance, self.probe.loss)
         self._following = Following()
         self._audit = GradientAudit()
@@ -235,11 +231,7 @@ class Recorder(Displayed):
         """
         if self._instrument is not None:
             raise InputError("Load the recorder's state before attach(optimizer).")
-        trace = trace_from_state(state, "the given state")
-        if trace.facts.probe_hash != self.probe.hash:
-            raise InputError("The state was recorded on another probe set (inputs or targets differ). Give the recorder the same probe.")
-        if trace.facts.outputs != self.outputs:
-            raise InputError(f"The state was recorded with outputs={trace.facts.outputs!r}, not {self.outputs!r}. Resume with the same.")
+        trace = resume_trace(state, self.probe, self.outputs)
         try:
             check_fields(optimizers.Clock, state["clock"], "The clock of the given state")
             self._clock = optimizers.Clock(**state["clock"])
