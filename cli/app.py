@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import analyze, check, demo, inspect
+from . import analyze, check, demo, inspect, report
 from .failures import INTERRUPTED, NO_READER, silence_stdout
 
 HELP_WIDTH = (36, 100)  # columns of --help, at least and at most
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.command(epilog=_examples(demo.EXAMPLES))(demo.demo)
 app.command(epilog=_examples(analyze.EXAMPLES))(analyze.analyze)
+app.command(epilog=_examples(report.EXAMPLES))(report.report)
 app.command(epilog=_examples(check.EXAMPLES))(check.check)
 app.command(epilog=_examples(inspect.EXAMPLES))(inspect.inspect)
 

@@ -31,7 +31,7 @@ from ntkscope.record.recorder import Recorder
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.subset import stratified_subset
 from ntkscope.record.trace import Trace, load_trace
-from ntkscope.results import Analysis, GateStats, History, RunInfo, Window
+from ntkscope.results import Analysis, GateStats, History, RunInfo, Window, load_analysis
 from ntkscope.spectrum.cells import Cells
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
@@ -115,6 +115,7 @@ __all__ = [
     "JumpErrors",
     "JumpStudy",
     "analyze",
+    "load_analysis",
     "price_audit",
     "jump_study",
     # errors

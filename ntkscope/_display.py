@@ -59,6 +59,19 @@ def write_report(analysis: Any, path: Any) -> None:
     report.write_report(analysis, path)
 
 
+def write_comparison(first: Any, second: Any, path: Any) -> None:
+    """Write the HTML page that lays two results side by side.
+
+    Args:
+        first: Result A.
+        second: Result B.
+        path: The file.
+    """
+    from ntkscope.view import comparison
+
+    comparison.write_comparison(first, second, path)
+
+
 def to_frame(columns: dict[str, list[Any]], *, index: str) -> Any:
     """Make a pandas frame; pandas is not a dependency.
 

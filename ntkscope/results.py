@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ntkscope._display import Displayed, Plots, write_report
+from ntkscope._display import Displayed, Plots, write_comparison, write_report
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
 from ntkscope.dynamics.diffusion import Diffusion
@@ -19,15 +18,16 @@ from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
 from ntkscope.dynamics.transfer import Transfer
 from ntkscope.gate.verdict import GateAudit
-from ntkscope.spectrum.cells import CELLS, Cells
+from ntkscope.saved import FILE, read_result, split, write_result
+from ntkscope.spectrum.cells import Cells
 from ntkscope.spectrum.channels import ChannelSplit
 from ntkscope.spectrum.cutoffs import Cutoff
 from ntkscope.spectrum.eigen import Spectrum
-from ntkscope.spectrum.examples import COLUMNS, Examples
+from ntkscope.spectrum.examples import Examples
 from ntkscope.spectrum.null import Null
 from ntkscope.spectrum.sensitivity import Sensitivity
 from ntkscope.spectrum.truncation import Truncation
-from ntkscope.summary import SCHEMA, summarize
+from ntkscope.summary import summarize
 from ntkscope.uncertainty import Uncertainty
 
 
@@ -213,6 +213,15 @@ class Analysis(Displayed):
         """
         write_report(self, Path(path))
 
+    def compare(self, other: "Analysis", path: str | Path) -> None:
+        """Write this result (A) and another (B) side by side: one HTML file that needs no network.
+
+        Args:
+            other: The other result.
+            path: The file.
+        """
+        write_comparison(self, other, Path(path))
+
     def summary(self) -> dict[str, Any]:
         """Put the findings into plain containers, as in summary.json (docs/summary.md).
 
@@ -225,41 +234,13 @@ class Analysis(Displayed):
         """List all arrays, by the name they have in results.safetensors.
 
         Returns:
-            Tensors; float64 unless they are indices.
+            Tensors, by their attribute path; float64 unless they are indices, flags or pictures.
         """
-        named = {
-            "dissipation/gramian": self.dissipation.gramian,
-            "dissipation/propagator": self.dissipation.propagator,
-            "dissipation/displacement": self.dissipation.displacement,
-            "dissipation/transfer": self.dissipation.transfer,
-            "spectrum/eigvals": self.spectrum.eigvals,
-            "spectrum/eigvecs": self.spectrum.eigvecs,
-            "spectrum/log_dissipation": self.spectrum.log_dissipation,
-            "spectrum/residual": self.spectrum.residual,
-            "spectrum/owner": self.spectrum.owner,
-            "drift/relative": self.drift.relative,
-            "drift/velocity": self.drift.velocity,
-            "drift/alignment_start": self.drift.alignment_start,
-            "drift/alignment_targets": self.drift.alignment_targets,
-            "truncation/ranks": self.truncation.ranks,
-            "truncation/loss_bound": self.truncation.loss_bound,
-            "truncation/loss_error": self.truncation.loss_error,
-            "truncation/train_bound": self.truncation.train_bound,
-            "truncation/train_error": self.truncation.train_error,
-            "truncation/query_error": self.truncation.query_error,
-            "history/steps": torch.tensor(self.history.steps),
-        }
-        if self.transfer is not None:
-            named |= {f"transfer/{name}": getattr(self.transfer, name) for name in ("predicted", "observed", "predictor")}
-        if self.cells is not None:
-            named |= {f"cells/{name}": getattr(self.cells, name) for name in CELLS}
-        if self.gate is not None:
-            named["gate/live"] = self.gate.live
-        if self.uncertainty is not None:
-            named["uncertainty/reservoir_energy"] = self.uncertainty.reservoir_energy
-        named |= {f"examples/{name}": getattr(self.examples, name) for name in COLUMNS}
-        named |= {f"history/{name}": getattr(self.history, name) for name in _HISTORY_COLUMNS}
-        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+        return split(self)[1] | self._also()
+
+    def _also(self) -> dict[str, Tensor]:
+        """List what is no tensor here but stands among the arrays."""
+        return {"history/steps": torch.tensor(self.history.steps)}
 
     def save(self, folder: str | Path, *, report: bool = True) -> Path:
         """Write summary.json, results.safetensors and report.html, all of them or none.
@@ -276,7 +257,7 @@ class Analysis(Displayed):
         # All files are finished beside their place before the first is put there: an interrupted save leaves what was there before.
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
             finished = Path(name)
-            save_file(self.tensors(), finished / "results.safetensors", metadata={"schema": SCHEMA})
+            write_result(self, finished / FILE, also=self._also())
             if report:
                 self.report(finished / "report.html")
             (finished / "summary.json").write_text(json.dumps(self.summary(), indent=1), encoding="utf-8")
@@ -286,13 +267,16 @@ class Analysis(Displayed):
         return folder
 
 
-_HISTORY_COLUMNS = (
-    "times",
-    "loss",
-    "predicted_loss",
-    "gradient_error",
-    "eigvals",
-    "leading",
-    "example_residual",
-    "signal_share",
-)
+def load_analysis(path: str | Path) -> Analysis:
+    """Load what `Analysis.save` wrote, or `ntkscope analyze`.
+
+    Args:
+        path: The folder, or its results.safetensors.
+
+    Returns:
+        An equal analysis.
+
+    Raises:
+        InputError: If there is none, or the file is truncated, damaged, foreign, or of another version: analyze again.
+    """
+    return read_result(path, Analysis)

@@ -25,6 +25,7 @@ LAYERS = [
     ["auditing"],
     ["audit_price"],
     ["summary"],
+    ["saved"],
     ["results"],
     ["tables"],
     ["analysis"],
@@ -106,6 +107,7 @@ def test_import_loads_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.alone
 def test_import_is_not_much_slower_than_torch():
     code = "import time; t = time.perf_counter(); import {0}; print(time.perf_counter() - t)"
 
