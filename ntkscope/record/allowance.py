@@ -85,6 +85,14 @@ class Allowance:
             return f"{100 * DEFAULT_SHARE:g} % of training time (at least {DEFAULT_SECONDS:g} s)"
         return f"{100 * self.max_overhead:g} % of training time"
 
+    def seconds(self) -> dict[str, float]:
+        """List what was measured.
+
+        Returns:
+            Seconds of `training` and `recording` so far, and of the last of each kind of work.
+        """
+        return {"training": self.training, "recording": self.spent, **self._costs}
+
     def state_dict(self) -> dict[str, Any]:
         """Turn what was measured into plain containers.
 

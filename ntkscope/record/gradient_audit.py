@@ -1,6 +1,7 @@
 """What the optimizer received against the gradient of the loss on the probe (theory.md section 2, "Clipping and loss scaling")."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,33 @@ class GradientAudit:
         """
         rows, self._rows = self._rows, []
         return torch.tensor(rows, dtype=torch.float64) if rows else None
+
+
+def when_received(args: tuple[Any, ...], kwargs: dict[str, Any], look: Callable[[], None]) -> tuple[Any, Any] | None:
+    """Look at gradients when they are there: now, or after the closure that computes them inside the step (as Lightning's does).
+
+    Args:
+        args: Of the optimizer's step, the optimizer first.
+        kwargs: Of the optimizer's step.
+        look: Looks at them.
+
+    Returns:
+        Other arguments for the step, for its pre-hook to return; None if they may stay.
+    """
+
+    def followed(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_and_look() -> Any:
+            found = closure()
+            look()
+            return found
+
+        return closure_and_look
+
+    if not any(callable(value) for value in (*args[1:], *kwargs.values())):
+        look()
+        return None
+    changed = [followed(value) if callable(value) else value for value in args[1:]]
+    return (args[0], *changed), {name: followed(value) if callable(value) else value for name, value in kwargs.items()}
 
 
 def probe_gradient(

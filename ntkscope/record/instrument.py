@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkscope._checks import InputError
-from ntkscope.kernel.blocks import blockwise_gram, push_forward
+from ntkscope.kernel.blocks import blockwise_gram, blockwise_grams, complete, push_forward
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.model import forward_rows
+from ntkscope.kernel.ranks import Ranks
 from ntkscope.kernel.routes import Routes
 from ntkscope.record import optimizers
 from ntkscope.record.beginning import State, displacement, weights_of
+from ntkscope.record.crew import ALONE, Crew, Job
 from ntkscope.record.gradient_audit import probe_gradient
 from ntkscope.record.probe import ProbeSet
 from ntkscope.record.snapshot import Snapshot, pack_upper
@@ -34,6 +36,7 @@ class Instrument:
         coverage: From `probe_routes`.
         budget: Bytes for kernels.
         form: "full", or "trace" for K_tr / C.
+        crew: Ranks that share the kernels of snapshots; None for this process alone.
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Instrument:
     coverage: Coverage
     budget: int
     form: str
+    crew: Crew | None = None
 
     def outputs(self) -> Tensor:
         """Run the model on the probe.
@@ -72,7 +76,18 @@ class Instrument:
             K, which moves as the whole kernel does.
         """
         with undisturbed(self.model):
-            return self._kernel(self.mechanics(clock).precond, self.probe.few)
+            kernel = blockwise_gram(
+                self.model,
+                self.probe.few,
+                None,
+                routes=self.routes,
+                coverage=self.coverage,
+                outputs=self.form,
+                precond=_diagonals(self.mechanics(clock)),
+                budget=self.budget,
+                progress=None,
+            )
+            return self._scaled(kernel)
 
     def snapshot(
         self,
@@ -105,9 +120,11 @@ class Instrument:
         if not bool(torch.isfinite(stored).all()):
             raise InputError("the outputs on the probe are not finite: the run has diverged. Lower the learning rate.")
         with undisturbed(self.model):
-            kernel = self._kernel(state.precond, probe.inputs)
-            query = probe.query_inputs
-            cross = None if query is None else self._kernel(state.precond, query, probe.inputs).cpu()
+            query, is_start = probe.query_inputs, at[0] == 0
+            kernel = self.kernel(Job.KERNEL, state, self._called(Job.KERNEL, at_start=is_start))
+            cross = None
+            if query is not None:
+                cross = self.kernel(Job.CROSS_KERNEL, state, self._called(Job.CROSS_KERNEL, at_start=is_start)).cpu()
         if not bool(torch.isfinite(kernel).all()):
             raise InputError("the kernel on the probe is not finite: the run has diverged. Lower the learning rate.")
         has_decay, has_query = state.decay is not None, query is not None
@@ -164,25 +181,58 @@ class Instrument:
         """
         return optimizers.ungated_diagonals(self.optimizer, self.routes.parameters, clock, precond=self.precond)
 
+    def kernel(self, job: Job, state: optimizers.Mechanics, ranks: Ranks) -> Tensor:
+        """Compute K or K_QS in the form asked for, inside `undisturbed`, together with other ranks.
+
+        Args:
+            job: Which of the two.
+            state: Has M.
+            ranks: All of them make this call.
+
+        Returns:
+            The kernel, the same on all ranks.
+        """
+        inputs, other = (self.probe.inputs, None) if job is Job.KERNEL else (self.probe.query_inputs, self.probe.inputs)
+        ranks.check_same_call(self.routes.parameters, inputs, other)
+        with ranks.failing_together():
+            total = blockwise_grams(
+                self.model,
+                inputs,
+                other,
+                routes=self.routes,
+                coverage=self.coverage,
+                outputs=self.form,
+                precond=_diagonals(state),
+                budget=self.budget,
+                progress=None,
+                accumulate=torch.float64,
+                groups={"": None},
+                part=ranks.part,
+            )[""]
+        ranks.add_up(total)
+        return self._scaled(complete(total, self.routes.dtype, is_symmetric=other is None))
+
+    def help(self, job: Job, clock: optimizers.Clock, ranks: Ranks) -> None:
+        """Compute this rank's share of what rank 0 asked for.
+
+        Args:
+            job: Which kernel.
+            clock: After the last step.
+            ranks: All of them.
+        """
+        self.kernel(job, self.mechanics(clock), ranks)
+
     def _run(self, inputs: Any) -> Tensor:
         """Run the model."""
         with undisturbed(self.model), torch.no_grad():
             return forward_rows(self.model, inputs, self.probe.forward_fn).cpu()
 
-    def _kernel(self, precond: dict[str, Tensor | float], inputs: Any, other: Any = None) -> Tensor:
-        """Compute K or K_QS, in the form asked for."""
-        is_plain = all(not isinstance(value, Tensor) and value == 1.0 for value in precond.values())
-        kernel = blockwise_gram(
-            self.model,
-            inputs,
-            other,
-            routes=self.routes,
-            coverage=self.coverage,
-            outputs=self.form,
-            precond=None if is_plain else precond,
-            budget=self.budget,
-            progress=None,
-        )
+    def _called(self, job: Job, *, at_start: bool) -> Ranks:
+        """Call the other ranks to a job, if there are any that listen."""
+        return ALONE if self.crew is None else self.crew.ask(job, self.model, at_start=at_start)
+
+    def _scaled(self, kernel: Tensor) -> Tensor:
+        """Divide K_tr by C in the trace form."""
         return kernel / self.probe.num_classes if self.form == "trace" else kernel
 
     def _push(self, inputs: Any, tangents: dict[str, Tensor] | None) -> Tensor:
@@ -201,3 +251,9 @@ class Instrument:
             start = self._run(inputs)
             motion = self._push(inputs, moved)
         return start.to(motion) + motion
+
+
+def _diagonals(state: optimizers.Mechanics) -> dict[str, Tensor | float] | None:
+    """Take M; None where it is the identity."""
+    is_plain = all(not isinstance(value, Tensor) and value == 1.0 for value in state.precond.values())
+    return None if is_plain else state.precond

@@ -1,41 +1,39 @@
 """Recording a training run through optimizer hooks; the training loop stays as it is."""
 
-import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ntkscope._checks import InputError, UserError, check_choice, check_number
+from ntkscope._checks import InputError, check_choice, check_number
 from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.coverage import probe_routes
+from ntkscope.kernel.ranks import Ranks
 from ntkscope.record import optimizers
 from ntkscope.record.allowance import Allowance
-from ntkscope.record.audit import GateAudit
-from ntkscope.record.beginning import State, check_beginning, copy_state, weights_of
-from ntkscope.record.facts import KERNEL_FORMS, RunFacts, stop_early
+from ntkscope.record.beginning import check_beginning
+from ntkscope.record.crew import Crew, Helper
+from ntkscope.record.facts import KERNEL_FORMS
 from ntkscope.record.fields import check_fields
 from ntkscope.record.files import TraceWriter
-from ntkscope.record.following import Following
-from ntkscope.record.gradient_audit import GradientAudit
 from ntkscope.record.instrument import Instrument
-from ntkscope.record.live_audit import LiveAudit
 from ntkscope.record.opening import check_sizes, describe_run, open_trace, resume_trace
 from ntkscope.record.placement import Placement
-from ntkscope.record.probe import ProbeSet, make_probe
+from ntkscope.record.probe import ProbeSet, hash_of, make_probe
+from ntkscope.record.recording import Recording
 from ntkscope.record.schedule import Schedule, check_schedule
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace
+from ntkscope.record.wrapped import plain_module, plain_optimizer
 
 
-class Recorder(Displayed):
+class Recorder(Recording, Displayed):
     """Records kernels and outputs of a probe set while a model trains.
 
         recorder = ntkscope.Recorder(model, probe=(x, y), loss="cross_entropy")
@@ -46,7 +44,8 @@ class Recorder(Displayed):
     The model, its gradients, buffers and the random state are as they would be without it.
 
     Args:
-        model: The model that trains. Rows of its output must depend on their own input row only.
+        model: The model that trains. Rows of its output must depend on their own input row only. Wrappers (DistributedDataParallel,
+            torch.compile) are looked through.
         probe: Inputs and targets of the training examples to follow, n >= 2.
         query: Inputs and targets held out.
         loss: The loss that is trained, at its scale: "squared" (½‖u − y‖², mean over examples), "mse", "cross_entropy", a torch loss
@@ -71,11 +70,15 @@ class Recorder(Displayed):
             after row): the report then shows suspicious ones. Inputs of shape (n, 1 or 3, h, w) with sides of at least 8 are recognised.
         path: Folder to write snapshots to as they are taken; in memory only if not given.
         max_memory: Bytes for the kernel computation, 2 GiB if not given.
+        distributed: Share the kernels of snapshots among the ranks of `torch.distributed`: each makes this recorder and attaches it to its
+            own optimizer, and rank 0 has the record. False records on the ranks that attach, each for itself; one is enough.
 
     Attributes:
         num_snapshots: Snapshots so far; asking takes none, unlike `trace`.
         num_steps: Optimizer steps so far.
         is_attached: Whether it records an optimizer.
+        is_helper: Whether this rank computes for rank 0 and has no record itself.
+        seconds: What training and recording took so far, and the last of each kind of work.
         outputs: As given.
         every_step: As given.
         has_audit: As `audit`.
@@ -107,6 +110,7 @@ class Recorder(Displayed):
         image_shape: Sequence[int] | None = None,
         path: str | Path | None = None,
         max_memory: int | None = None,
+        distributed: bool = False,
     ) -> None:
         check_schedule(schedule)
         check_choice("outputs", outputs, KERNEL_FORMS)
@@ -114,40 +118,27 @@ class Recorder(Displayed):
             check_number("tolerance", tolerance, low=1e-6, high=1.0)
         if drift is not None:
             check_number("drift", drift, low=1e-6)
-        self.model = model
-        self.drift = drift
-        self.every_step = every_step
+        allowance = Allowance(max_overhead, is_free=schedule != "log")
+        super().__init__(allowance, audit=audit, live_audit=live_audit, every_step=every_step, drift=drift)
+        self.model = plain_module(model)
+        self.is_distributed = distributed
         self.outputs = outputs
         self.budget = DEFAULT_MEMORY if max_memory is None else max_memory
-        self._allowance = Allowance(max_overhead, is_free=schedule != "log")
         self.probe: ProbeSet = make_probe(
-            model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets, image_shape=image_shape
+            self.model, probe, query, loss=loss, forward_fn=forward_fn, clean_targets=clean_targets, image_shape=image_shape
         )
         self._sizes = check_sizes(self.probe, training_size=training_size, steps_per_epoch=steps_per_epoch)
-        self._placement = Placement(schedule, tolerance, self.probe.loss)
-        self._following = Following()
-        self._audit = GradientAudit()
-        self._gate_audit = GateAudit() if audit else None
-        if live_audit is not None:
-            check_number("live_audit", live_audit, low=1)
-            if not audit:
-                raise InputError("`live_audit` needs audit=True: without it nothing is known of the gradients' noise.")
-        self._live = None if live_audit is None else LiveAudit(live_audit)
         self._writer = None if path is None else TraceWriter(Path(path))
-        self._clock = optimizers.Clock()
-        self._instrument: Instrument | None = None
-        self._trace: Trace | None = None
-        self._beginning: State | None = None  # weights and buffers before the first step
-        self._outputs: Tensor | None = None  # at the current weights, where the model was run on the probe already
-        self._last_outputs: Tensor | None = None
-        self._proxy: Tensor | None = None
-        self._stale = False  # whether the optimizer has stepped since the last snapshot
+        self._placement = Placement(schedule, tolerance, self.probe.loss)
+        self._helper: Helper | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, optimizer: Optimizer, *, precond: optimizers.PrecondFn | None = None) -> None:
         """Start recording the steps of `optimizer`.
 
         Args:
-            optimizer: SGD, Adam, AdamW or GatedAdamW; others, their subclasses included, with `precond`.
+            optimizer: SGD, Adam, AdamW or GatedAdamW; others, their subclasses included, with `precond`. Wrappers of Lightning and
+                Accelerate are looked through.
             precond: For other optimizers: `precond(optimizer, parameter)`, the diagonal M of its last step.
 
         Raises:
@@ -156,6 +147,7 @@ class Recorder(Displayed):
         """
         if self._instrument is not None:
             raise InputError("This recorder is attached to an optimizer already. Make one recorder per run.")
+        optimizer = plain_optimizer(optimizer)
         optimizers.check_supported(optimizer, precond)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad and id(parameter) in held]
@@ -163,11 +155,58 @@ class Recorder(Displayed):
             raise InputError("The optimizer holds no trained parameter of this model. Was the model copied or moved after it was made?")
         routes, coverage = probe_routes(self.model, self.probe.inputs, params=names, forward_fn=self.probe.forward_fn)
         instrument = Instrument(self.model, self.probe, optimizer, precond, routes, coverage, self.budget, self.outputs)
-        kept = self.probe.tensors(with_inputs=self._gate_audit is not None)
-        self._trace = open_trace(describe_run(instrument, **self._sizes), kept, self._trace, self._writer, self._clock.step)
+        ranks = Ranks.here(enabled=True)
+        if self.is_distributed and ranks.index:
+            self._trace = None  # rank 0 has it
+        else:
+            if self._writer is not None and ranks.index:
+                raise InputError(
+                    f"This is rank {ranks.index} of {ranks.size}, and every rank would write to {self._writer.folder}. Record on rank 0 "
+                    "alone (`if rank == 0: recorder.attach(optimizer)`), or on all ranks together with distributed=True."
+                )
+            kept = self.probe.tensors(with_inputs=self._gate_audit is not None)
+            self._trace = open_trace(describe_run(instrument, **self._sizes), kept, self._trace, self._writer, self._clock.step)
+        before, after = self._before_step, self._after_step
+        if self.is_distributed:
+            crew, clock = Crew.meet(self._agreed(names), self._clock)
+            if crew is not None and not crew.is_leader:
+                self._helper = Helper(self.model, crew, clock, compute=instrument.help)
+                before, after = self._helper.before_step, self._helper.after_step
+            instrument = replace(instrument, crew=crew)
         self._instrument = instrument
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def _agreed(self, names: list[str]) -> dict[str, Any]:
+        """List what all ranks must have in common."""
+        probe = self.probe
+        query = None if probe.query_targets is None else hash_of(probe.query_inputs, probe.query_targets)
+        return {"the probe": probe.hash, "the query set": query, "`outputs`": self.outputs, "the trained parameters": names}
+
+    def detach(self, *, closing: bool = True) -> None:
+        """Stop recording: later steps are not seen, and later changes of the weights neither.
+
+        Args:
+            closing: Take a last snapshot, if the optimizer has stepped since the last one.
+
+        Raises:
+            InputError: If nothing is attached.
+        """
+        if not self._hooks:
+            raise InputError("This recorder is not attached. Call attach(optimizer) first.")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if closing and self._trace is not None and len(self._trace):
+            _ = self.trace
+        self._stale = False
+
+    def listen(self, listener: Callable[[Snapshot], None]) -> None:
+        """Call a function after every snapshot, for example to log (`ntkscope.integrations.loggers`).
+
+        Args:
+            listener: Called with the snapshot; its time counts as recording.
+        """
+        self._listeners.append(listener)
 
     @property
     def num_snapshots(self) -> int:
@@ -182,7 +221,17 @@ class Recorder(Displayed):
     @property
     def is_attached(self) -> bool:
         """Whether it records an optimizer."""
-        return self._instrument is not None
+        return bool(self._hooks)
+
+    @property
+    def is_helper(self) -> bool:
+        """Whether this rank computes for rank 0."""
+        return self._helper is not None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training and recording so far, and of the last of each kind of work."""
+        return self._allowance.seconds()
 
     @property
     def has_audit(self) -> bool:
@@ -192,9 +241,11 @@ class Recorder(Displayed):
     @property
     def trace(self) -> Trace:
         """The record so far; takes a snapshot first if the optimizer has stepped since the last one."""
+        if self._helper is not None:
+            raise InputError("This rank computes for rank 0, which has the record. Ask there: `if not recorder.is_helper: ...`.")
         if self._trace is None:
             raise InputError("Nothing is recorded yet. Call attach(optimizer), and train.")
-        if self._stale and not self._trace.facts.stopped:
+        if self._stale and not self._trace.facts.stopped and self._is_sealed():
             with self._allowance.hook():
                 # The plan stands, unless it has been waiting for a snapshot.
                 self._snapshot(is_planned=self._placement.is_due(self._clock.step))
@@ -248,152 +299,3 @@ class Recorder(Displayed):
         self._beginning = check_beginning(state.get("beginning"), self.model)
         self._trace = trace
         self._last_outputs = trace[-1].outputs
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the weights of step 0, whose M is known only after the first step; look at the gradients of a snapshot's weights."""
-        assert self._trace is not None
-        with self._allowance.hook():
-            if self._trace.facts.stopped or optimizers.was_skipped(optimizer):
-                return
-            if self._gate_audit is not None:
-                self._gate_audit.look(optimizer, self._attached.routes.parameters)
-            is_first = not len(self._trace)
-            if is_first:
-                self._beginning = copy_state(self.model)
-            if not self._stale and not is_first and self._proxy is None and self.drift is not None and self._allowance.permits("drift"):
-                self._proxy = self._attached.few_kernel(self._clock)  # resumed: the weights are still those of the last snapshot
-            has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))  # gradients are computed in the step itself
-            if not self._stale and not has_closure and self._allowance.permits("audit"):
-                instrument = self._attached
-                with self._allowance.pricing("audit", instrument.waiter()):
-                    self._audit.look(optimizer, instrument.routes.parameters, instrument.gradient())
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Advance the clock, and take a snapshot if one is due."""
-        assert self._trace is not None
-        with self._allowance.hook():
-            if optimizers.was_skipped(optimizer):
-                return
-            self._clock.tick(optimizer)
-            self._stale, self._outputs = True, None
-            if self._trace.facts.stopped:
-                return
-            if not len(self._trace):
-                assert self._beginning is not None
-                with weights_of(self.model, self._beginning):
-                    self._snapshot(is_planned=True, at_start=True)
-                if not self.probe.num_query:
-                    self._beginning = None  # nothing to linearize for
-            self._audit_live()
-            if self.every_step and not self._trace.facts.stopped:
-                self._follow()
-            if self._wants_snapshot():
-                self._snapshot(is_planned=True)
-
-    def _audit_live(self) -> None:
-        """Measure what the gate removed of this step, if it is due and can be afforded."""
-        live, audit = self._live, self._gate_audit
-        if live is None or audit is None or not live.is_due(self._clock.step) or not self._allowance.permits("live audit"):
-            return
-        with self._allowance.pricing("live audit", self._attached.waiter()):
-            live.measure(self._attached, self._clock, audit)
-
-    @property
-    def _attached(self) -> Instrument:
-        """What measures, once attached."""
-        assert self._instrument is not None
-        return self._instrument
-
-    def _follow(self) -> None:
-        """Keep the outputs after this step, if there is time."""
-        if not self._following.is_on:
-            return
-        # An interval is followed whole or not at all, so there must be time for the rest of it.
-        left = 1 if self._placement.due is None else max(1, self._placement.due - self._clock.step + 1)
-        if not self._allowance.permits("step", times=left):
-            self._following.skip()
-            return
-        with self._allowance.pricing("step", self._attached.waiter()):
-            self._outputs = self._attached.outputs()
-        self._following.add(self._outputs, self._clock.time, self._clock.step)
-
-    def _wants_snapshot(self) -> bool:
-        """Say whether a snapshot is due and can be afforded, or the kernel has moved too far."""
-        assert self._trace is not None
-        step, placement, allowance = self._clock.step, self._placement, self._allowance
-        if self._trace.facts.stopped:
-            return False
-        if placement.is_due(step):
-            if allowance.permits("snapshot"):
-                return True
-            placement.put_off()
-            return False
-        if self.drift is None or not placement.is_checked(step) or not (allowance.permits("snapshot") and allowance.permits("drift")):
-            return False
-        return self._moved() > self.drift
-
-    def _snapshot(self, *, is_planned: bool, at_start: bool = False) -> None:
-        """Take a snapshot; a run that has diverged is left alone, with one warning."""
-        assert self._trace is not None
-        instrument, clock = self._attached, self._clock
-        with self._allowance.pricing("snapshot", instrument.waiter()):
-            extra: dict[str, Tensor | None] = {}
-            if not at_start:
-                extra["step_outputs"], extra["step_times"] = self._following.collect()
-                extra["gradient_audit"] = self._audit.collect()
-            try:
-                snapshot = instrument.snapshot(
-                    clock,
-                    at=(0, 0.0) if at_start else (clock.step, clock.time),
-                    outputs=self._outputs,
-                    previous=self._last_outputs,
-                    beginning=self._beginning,
-                    extra=extra,
-                )
-                if self._gate_audit is not None and not at_start and (self._gate_audit.is_due(clock.step) or not is_planned):
-                    snapshot = replace(snapshot, **self._gate_audit.collect(instrument, clock, snapshot.gradient))
-                if self._live is not None:
-                    snapshot = replace(snapshot, live_audit=self._live.collect())
-                self._keep(snapshot, is_planned=is_planned, at_start=at_start)
-                if self._live is not None and self._allowance.permits("channel"):
-                    with self._allowance.pricing("channel", instrument.waiter()):
-                        self._live.follow(self._trace)
-            except UserError as error:
-                reason = f"Recording stopped at step {clock.step}: {error}"
-                self._write_facts(stop_early(self._trace.facts, reason))
-                warnings.warn(reason, stacklevel=2)
-                return
-        bound = self._allowance.describe()
-        notes = self._placement.notes(bound) + self._following.notes(bound)
-        if notes != self._trace.facts.notes:
-            self._write_facts(replace(self._trace.facts, notes=notes))
-
-    def _keep(self, snapshot: Snapshot, *, is_planned: bool, at_start: bool) -> None:
-        """Add a snapshot to the trace, and plan the next."""
-        assert self._trace is not None
-        self._trace.append(snapshot)
-        if self._writer is not None:
-            self._trace.entries[snapshot.step] = self._writer.write(snapshot)
-        self._last_outputs = snapshot.outputs
-        self._stale = at_start
-        if is_planned:
-            self._placement.advance(snapshot)
-        else:
-            self._placement.interrupt()
-        self._proxy = self._attached.few_kernel(self._clock) if self.drift is not None else None
-
-    def _write_facts(self, facts: RunFacts) -> None:
-        """Change the facts, on disk as well."""
-        assert self._trace is not None
-        self._trace.facts = facts
-        if self._writer is not None:
-            self._writer.write_facts(facts)
-
-    def _moved(self) -> float:
-        """Measure how far the kernel of a few examples has moved since the last snapshot, relative to its norm then."""
-        if self._proxy is None:
-            return 0.0
-        with self._allowance.pricing("drift", self._attached.waiter()):
-            gap = float(torch.linalg.vector_norm(self._attached.few_kernel(self._clock) - self._proxy))
-        scale = float(torch.linalg.vector_norm(self._proxy))
-        return gap / scale if scale > 0 else math.inf
