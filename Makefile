@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench peers clean
 
 demo: .venv/ready
 	$(BIN)/ntkscope demo --out ntkscope-demo
@@ -41,6 +41,10 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.gate_table
 	$(BIN)/python -m benchmarks.gate_calibration
 	-$(BIN)/python -m benchmarks.fashion_trace
+
+# ntkscope beside other tools; those that cannot be installed are named and left out.
+peers: .venv/ready
+	$(BIN)/python -m benchmarks.peers
 
 # Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.
 build/minilm/ready: | .venv/ready
