@@ -103,7 +103,7 @@ def half_times(first: AnalysisLike, second: AnalysisLike, matching: Matching) ->
     figure.update_yaxes(**palette.axis("B: training steps to half of the error", **scale))
     title = _ratio_words(typical, int(both.sum()), [int((reached[k] & ~reached[1 - k] & known).sum()) for k in (0, 1)])
     order = _rank_correlation(placed[0, known], placed[1, known])
-    title += "" if math.isnan(order) else f". The order of the examples agrees with rank correlation {order:.2f}"
+    title += "" if math.isnan(order) else f". The order of the examples has rank correlation {order:.2f}"
     if named:
         title += f"; furthest from the common line: {', '.join(f'#{ids[k]}' for k in named)}"
     return titled(figure, title, height=560)
@@ -192,8 +192,8 @@ def suspects_in_common(first: AnalysisLike, second: AnalysisLike, matching: Matc
             hovertemplate="of the %{x} most suspicious in each run<br>%{y} are the same<extra>" + name + "</extra>",
         )
     top = min(TOP, total)
-    figure.update_xaxes(**palette.axis("most suspicious examples looked at in each run", rangemode="tozero"))
-    figure.update_yaxes(**palette.axis("examples in both lists", rangemode="tozero"))
+    figure.update_xaxes(**palette.axis("k, most suspicious in each run", rangemode="tozero"))
+    figure.update_yaxes(**palette.axis("examples in both", rangemode="tozero"))
     same = shared[top - 1] if top else 0
     title = (
         f"{same} of the {top} most suspicious examples are the same in A and B (by {score_title(by)}, of {total:,} compared); "
@@ -251,13 +251,13 @@ def _time_scale(low: float, high: float, beyond: float | None) -> dict[str, Any]
         "type": "log",
         "range": [math.log10(low), math.log10(high if beyond is None else beyond * (beyond / high))],
         "tickvals": [*ticks, *([] if beyond is None else [beyond])],
-        "ticktext": [*(f"{tick:,g}" for tick in ticks), *([] if beyond is None else ["not reached"])],
+        "ticktext": [*(f"{tick:,g}" for tick in ticks), *([] if beyond is None else ["later"])],
     }
 
 
 def _steps(value: float) -> str:
     """Write a number of steps."""
-    return "not reached" if math.isinf(value) else f"{number(value)} steps"
+    return "not by the last snapshot" if math.isinf(value) else f"{number(value)} steps"
 
 
 def _ratio_words(typical: float, num_both: int, num_alone: Sequence[int]) -> str:

@@ -69,8 +69,8 @@ def signal_shares(first: AnalysisLike, second: AnalysisLike, matching: Matching)
         marks_windows=True,
     )
     title = f"At the windows' ends {ends[0]} of the squared error was gone in A and {ends[1]} in B"
-    halves = [_first_above(analysis, 0.5) for analysis in runs]
-    return titled(figure, f"{title}; half of it was gone {halves[0]} in A and {halves[1]} in B")
+    halves = [f"by step {step:,} in {style.name}" for style, step in zip(STYLES, map(_half_gone, runs), strict=True) if step is not None]
+    return titled(figure, title + (f"; half of it was gone {' and '.join(halves)}" if halves else ""))
 
 
 def spectra(first: AnalysisLike, second: AnalysisLike, matching: Matching) -> go.Figure:
@@ -113,7 +113,7 @@ def spectra(first: AnalysisLike, second: AnalysisLike, matching: Matching) -> go
         scale = percent_ticks(0.6 * smallest, 1.2)
     else:
         scale = {"type": "log", "range": [math.log10(0.6), math.log10(1.2 * largest)], "dtick": 1, "tickformat": ",d"}
-    name = "direction (mode), strongest first" + (", as a share of all modes" if is_share else "")
+    name = "mode, strongest first" + (" (share of all)" if is_share else "")
     figure.update_xaxes(**palette.axis(name, **scale))
     figure.update_yaxes(**palette.axis("ω, share of loss removed", rangemode="tozero"))
     return titled(figure, f"{learned_words(first, 'A learned', ' of its directions')}, {learned_words(second, 'B', '')}")
@@ -135,7 +135,10 @@ def gates(first: AnalysisLike, second: AnalysisLike, matching: Matching) -> go.F
     columns = [analysis.gate.open_share for analysis in runs]
     axis = palette.axis("share of open gates (q > ½)", range=[-0.02, 1.02], tickformat=".0%")
     figure = _over_steps(first, second, columns, axis, steps=steps)
-    ends = [f"{percent(float(column[-1]))} in {style.name}" for style, column in zip(STYLES, columns, strict=True)]
+    ends = [
+        f"{percent(float(analysis.gate.open_share[-1]))} in {style.name}{_note(analysis)}"
+        for style, analysis in zip(STYLES, runs, strict=True)
+    ]
     return titled(figure, f"Open gates at the last snapshot: {ends[0]}, {ends[1]}")
 
 
@@ -169,7 +172,7 @@ COMPARISON_TEXTS = {
         "Every mark is one example that both runs followed: after how many training steps half of its error was gone, in A to the right "
         "and in B upwards.",
         "On the dotted line it took equally long. A cloud beside it: one run is faster for all. Single marks far from the cloud are "
-        "examples that the two runs treat differently; they are named. Not reached means not by the last snapshot of that run.",
+        "examples that the two runs treat differently; they are named. Later means not by the last snapshot of that run.",
     ),
     "eigenstructures": FigureText(
         "Every example twice, joined by a line: placed by the part of its error that each run removed along its own three leading "
@@ -249,8 +252,13 @@ def _over_steps(
     return figure
 
 
-def _first_above(analysis: AnalysisLike, level: float) -> str:
-    """Say at which snapshot the removed share first exceeds a level."""
-    shares: Tensor = analysis.history.signal_share
-    above = torch.nonzero(shares > level).flatten()
-    return f"by step {analysis.history.steps[int(above[0])]:,}" if len(above) else "not by the last snapshot"
+def _note(analysis: AnalysisLike) -> str:
+    """Say of a gate that the run did not have it."""
+    audit = analysis.gate.audit
+    return " (of a gate that the run did not have)" if audit is not None and audit.is_counterfactual else ""
+
+
+def _half_gone(analysis: AnalysisLike) -> int | None:
+    """Find the first snapshot at which half of the squared error was gone."""
+    gone = torch.nonzero(analysis.history.signal_share > 0.5).flatten()
+    return analysis.history.steps[int(gone[0])] if len(gone) else None

@@ -49,8 +49,8 @@ def differences(first: AnalysisLike, second: AnalysisLike) -> list[str]:
     ]
     typical = [_reached(analysis) for analysis in runs]
     sentences.append(
-        f"Half of the error of a typical example was gone {typical[0]} in A and {typical[1]} in B; "
-        f"of the examples {_in_both(runs, never_half_learned)} had not got there by the last snapshot."
+        f"Training steps until half of the error of a typical example was gone: {typical[0]} in A, {typical[1]} in B. "
+        f"Of the examples {_in_both(runs, never_half_learned)} had not got there by the last snapshot."
     )
     if all(_has_noise(analysis) for analysis in runs):
         sentences.append(
@@ -239,11 +239,11 @@ def _in_both(runs: Sequence[AnalysisLike], measure: Callable[[AnalysisLike], flo
 
 
 def _reached(analysis: AnalysisLike) -> str:
-    """Say when a typical example had lost half of its error."""
+    """Say after how many steps a typical example had lost half of its error."""
     steps = typical_half_step(analysis)
     if math.isinf(steps):
-        return f"not by the last snapshot (step {analysis.history.steps[-1]:,})"
-    return "at an unknown step" if math.isnan(steps) else f"after {number(steps)} steps"
+        return f"more than the record has (it ends at step {analysis.history.steps[-1]:,})"
+    return number(steps)
 
 
 def _has_noise(analysis: AnalysisLike) -> bool:

@@ -1,5 +1,6 @@
 """Which examples are the same in two results, and what each of them says of those."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def common_rankings(first: AnalysisLike, second: AnalysisLike, matching: Matchin
     return rankings[0], rankings[1], by
 
 
-def _kappa(names: list[int], others: list[int]) -> float:
+def _kappa(names: Sequence[object], others: Sequence[object]) -> float:
     """Compute Cohen's kappa: agreement beyond chance over what is possible; 1 where all labels are one and the same."""
     total = len(names)
     agreement = sum(name == other for name, other in zip(names, others, strict=True)) / total
