@@ -221,7 +221,7 @@ def test_traces_of_before_have_none(tmp_path):
 def test_the_demo_keeps_its_digits():
     run = train_demo(num_examples=20, num_steps=2)
     pictures = run.recorder.trace.probe["pictures"]
-    assert torch.equal(pictures, make_pictures(run.data.inputs, (8, 8)))
+    assert torch.equal(pictures, make_pictures(run.data.pixels, (8, 8)))
     assert pictures.shape == (20, 8, 8, 1)
 
 

@@ -1,50 +1,22 @@
-"""Figures, report and terminal summary on results of every kind (the browser test is in test_report_browser.py)."""
+"""Report and terminal summary on results of every kind (the browser test is in test_report_browser.py)."""
 
 import io
-import json
 import re
 from html.parser import HTMLParser
 
-import plotly.graph_objects as go
 import pytest
-import torch
 from plotly.offline import get_plotlyjs
 from rich.console import Console
-from view_case import NUM_NOISY, synthetic_analysis
+from view_case import CASES, synthetic_analysis, title_of
 
-from ntkscope._checks import InputError
-from ntkscope.view import drawing, figures, notebook, report, spectrum_figures, suspects, text, words
+from ntkscope.view import figures, notebook, report, suspects, text, words
 
-CASES = {
-    "normal": {},
-    "gate": {"has_gate": True},
-    "one snapshot": {"num_snapshots": 1, "has_gate": True},
-    "two snapshots": {"num_snapshots": 2},
-    "no labels, no noise": {"has_labels": False, "has_noise": False},
-    "labels only": {"has_noise": False},
-    "nan": {"has_nan": True, "is_trustworthy": False, "has_gate": True},
-    "nan, no labels": {"has_nan": True, "has_labels": False, "has_noise": False},
-    "two examples": {"num_examples": 8, "num_classes": 2},
-}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[red]x[/red]\x1b[31m{{ 7*7 }}"
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def analysis(request):
     return synthetic_analysis(**request.param)
-
-
-def _title(figure: go.Figure) -> str:
-    return figure.to_plotly_json()["layout"]["title"]["text"]
-
-
-def _finite_json(figure: go.Figure) -> dict:
-    """Read the figure as a browser would: no NaN, no Infinity."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} in the figure")
-
-    return json.loads(figure.to_json(), parse_constant=refuse)
 
 
 class _Tags(HTMLParser):
@@ -67,98 +39,6 @@ def _parse(page: str) -> _Tags:
     tags = _Tags()
     tags.feed(page)
     return tags
-
-
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_draws_every_case(analysis, name):
-    if name not in figures.drawable(analysis):
-        with pytest.raises(InputError, match="SGD has no gate"):
-            figures.FIGURES[name](analysis)
-        return
-    figure = figures.FIGURES[name](analysis)
-    spec = _finite_json(figure)
-    assert spec["data"]
-    assert re.search(r"\d", _title(figure)), "a title states the finding with a number"
-    assert "nan" not in _title(figure).lower()
-
-
-def test_titles_state_the_numbers_of_the_result():
-    analysis = synthetic_analysis()
-    rank = analysis.channels.signal_rank
-    assert _title(figures.spectrum(analysis)).startswith(f"{rank} of 120 directions carry the signal by rule 'half'")
-    wrong = int(analysis.examples.is_noise[analysis.examples.ranking()[:20]].sum())
-    assert _title(figures.suspicious(analysis)).startswith(f"{wrong} of the 20 most suspicious")
-    assert f"{int((analysis.history.eigvals[analysis.window.stop] > 0.5).sum())} of 120" in _title(figures.omega_surface(analysis))
-    assert "off by 0.3\u00a0%" in _title(figures.loss_and_closure(analysis))
-
-
-def test_eigenstructure_has_a_frame_for_every_snapshot_with_fixed_axes():
-    analysis = synthetic_analysis()
-    spec = _finite_json(figures.eigenstructure(analysis))
-    learned = [step for step in analysis.history.steps if step > 0]  # nothing is dissipated at the start
-    assert [frame["name"] for frame in spec["frames"]] == [str(step) for step in learned]
-    assert [step["label"] for step in spec["layout"]["sliders"][0]["steps"]] == [str(step) for step in learned]
-    assert learned[spec["layout"]["sliders"][0]["active"]] == analysis.window.stop_step
-    scene = spec["layout"]["scene"]
-    assert scene["uirevision"] == "keep"
-    for k, letter in enumerate("xyz"):
-        low, high = scene[f"{letter}axis"]["range"]
-        drawn = torch.tensor([value for frame in spec["frames"] for trace in frame["data"] for value in trace[letter]])
-        torch.testing.assert_close(drawn.aminmax().max.double(), analysis.history.leading[1:, :, k].max(), rtol=1e-3, atol=0)
-        assert low < drawn.min() < drawn.max() < high
-        assert f"mode {k + 1}: " in scene[f"{letter}axis"]["title"]["text"]
-    assert not any("layout" in frame for frame in spec["frames"]), "a frame must not move the axes"
-
-
-def test_eigenstructure_tells_planted_noise_by_symbol_and_offers_colours():
-    spec = _finite_json(figures.eigenstructure(synthetic_analysis()))
-    right, wrong = spec["data"][:2]
-    assert (len(right["x"]), len(wrong["x"])) == (30 - NUM_NOISY, NUM_NOISY)
-    assert right["marker"]["symbol"] != wrong["marker"]["symbol"]
-    menu = next(menu for menu in spec["layout"]["updatemenus"] if menu["name"] == "colour")
-    assert [button["label"] for button in menu["buttons"]] == [
-        "colour: planted wrong labels",
-        "colour: given label",
-        "colour: reservoir energy",
-    ]
-    for button in menu["buttons"]:
-        restyle, _, traces = button["args"]
-        assert [len(colours) for colours in restyle["marker.color"]] == [len(spec["data"][k]["x"]) for k in traces]
-
-
-def test_one_snapshot_needs_no_slider():
-    spec = _finite_json(figures.eigenstructure(synthetic_analysis(num_snapshots=1)))
-    assert "sliders" not in spec["layout"]
-    assert "frames" not in spec or not spec["frames"]
-
-
-def test_large_results_are_thinned_and_the_title_says_so():
-    analysis = synthetic_analysis(num_examples=60, num_classes=5, num_snapshots=6)
-    surface = figures.omega_surface(analysis)
-    assert len(surface.data[0].x) <= spectrum_figures.MAX_MODES
-    assert (surface.data[0].x[0], surface.data[0].x[-1]) == (1, 300)
-    assert "of 300 drawn" in _title(surface)
-    analysis.history.eigvals = torch.ones(500, 4, dtype=torch.float64)
-    assert len(drawing.frame_rows(analysis.history.eigvals)) == drawing.MAX_FRAMES
-
-
-def test_planted_noise_is_hatched():
-    bars = _finite_json(figures.suspicious(synthetic_analysis()))["data"]
-    assert {bar["name"]: bar["marker"]["pattern"]["shape"] for bar in bars} == {"label was planted wrong": "/", "label is right": ""}
-    assert len(_finite_json(figures.suspicious(synthetic_analysis(has_noise=False)))["data"]) == 1
-
-
-def test_spectrum_marks_every_cutoff_and_a_selection_that_is_not_leading():
-    analysis = synthetic_analysis()
-    spec = _finite_json(figures.spectrum(analysis))
-    rules = spec["data"][2]
-    assert {*rules["y"]} == {rule for rule, cutoff in analysis.cutoffs.items() if cutoff.rank is not None}
-    assert rules["x"][rules["y"].index("energy")] == analysis.cutoffs["energy"].rank + 0.5
-    assert any(note["text"] == "no answer here" and note["y"] == "gd" for note in spec["layout"]["annotations"])
-    selected = torch.zeros(120, dtype=torch.bool)
-    selected[[0, 7]] = True
-    analysis.cutoffs["half"].selected = selected
-    assert _finite_json(figures.spectrum(analysis))["data"][0]["x"] == [1, 8]
 
 
 def test_report_is_one_offline_file(analysis, tmp_path):
@@ -226,15 +106,15 @@ def test_hostile_strings_are_escaped_everywhere():
     analysis.channels.rule = HOSTILE
     analysis.gate.by_parameter = {HOSTILE: analysis.gate.open_share}
     page = report.render_report(analysis)
-    # One security policy covers two scripts; JSON scripts do not run.
+    # One security policy covers three scripts; JSON scripts do not run.
     tags = _parse(page.replace(get_plotlyjs(), "")).tags
     kinds = [attributes.get("type") for tag, attributes in tags if tag == "script"]
-    assert kinds.count(None) == 2
-    assert kinds.count("application/json") == len(figures.FIGURES)
+    assert kinds.count(None) == 3
+    assert kinds.count("application/json") == len(figures.drawable(analysis)) + 1, "every figure, and the linked view"
     assert not [tag for tag, _ in tags if tag == "img"]
     assert "<script>alert" not in page
     for figure in (make(analysis) for make in figures.FIGURES.values()):
-        assert "<script>" not in _title(figure)
+        assert "<script>" not in title_of(figure)
         assert "<img" not in figure.to_json()
     assert "<script>" not in notebook.analysis_html(analysis)
     shown = _printed(analysis)

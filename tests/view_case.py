@@ -1,10 +1,12 @@
 """A synthetic analysis for the views: a frozen linear model with planted wrong labels, as plain namespaces."""
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import scipy
 import torch
 
@@ -17,6 +19,32 @@ from ntkscope.spectrum.whitening import whiten
 
 NUM_NOISY = 6
 LARGE = 1000  # modes, from which random directions would take too long to make
+
+CASES = {
+    "normal": {},
+    "gate": {"has_gate": True},
+    "one snapshot": {"num_snapshots": 1, "has_gate": True},
+    "two snapshots": {"num_snapshots": 2},
+    "no labels, no noise": {"has_labels": False, "has_noise": False},
+    "labels only": {"has_noise": False, "has_pictures": False},
+    "nan": {"has_nan": True, "is_trustworthy": False, "has_gate": True},
+    "nan, no labels": {"has_nan": True, "has_labels": False, "has_noise": False},
+    "two examples": {"num_examples": 8, "num_classes": 2},
+}
+MISSING = {"cells": "no query set was recorded: give the Recorder `query=", "suspicious_inputs": r"Recorder\(image_shape="}  # else a gate
+
+
+def title_of(figure: go.Figure) -> str:
+    return figure.to_plotly_json()["layout"]["title"]["text"]
+
+
+def finite_json(figure: go.Figure) -> dict:
+    """Read the figure as a browser would: no NaN, no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in the figure")
+
+    return json.loads(figure.to_json(), parse_constant=refuse)
 
 
 def orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -249,7 +277,7 @@ def synthetic_analysis(
         regime="not judged",
         regime_reason="the rule compares test motions, and no query set was recorded",
         transfer=transfer,
-        transfer_reason="" if has_labels else "no query set was recorded",
+        transfer_reason="" if has_labels else "no query set was recorded: give the Recorder `query=(inputs, targets)`",
         truncation=SimpleNamespace(reservoir_query_share=0.11 if has_labels else None),
         cells=cells,
         null=SimpleNamespace(observed=0.62, mean=0.37, z=12.5, p=0.005, num_shuffles=200) if has_labels else None,

@@ -1,7 +1,7 @@
 """The demo: an MLP on scikit-learn's digits with planted wrong labels, recorded while it trains."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError, check_choice, check_number
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope.gate.optimizer import GatedAdamW
+from ntkscope.record.pictures import make_pictures
 from ntkscope.record.recorder import Recorder
 
 DemoOptimizer = Literal["sgd", "adamw", "gated"]
@@ -42,6 +43,7 @@ class DigitsData:
         is_noise: Where they differ.
         query_inputs: Held out.
         query_labels: Their true labels.
+        pixels: Of the training examples, as they were before centering: ink from 0 to 1.
     """
 
     inputs: Float[Tensor, "examples pixels"]
@@ -50,6 +52,7 @@ class DigitsData:
     is_noise: Bool[Tensor, " examples"]
     query_inputs: Float[Tensor, "queries pixels"]
     query_labels: Int[Tensor, " queries"]
+    pixels: Float[Tensor, "examples pixels"]
 
 
 def load_digits_data(num_examples: int, label_noise: float, seed: int) -> DigitsData:
@@ -74,8 +77,8 @@ def load_digits_data(num_examples: int, label_noise: float, seed: int) -> Digits
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     if not 2 <= num_examples <= len(labels) - NUM_QUERY:
         raise InputError(f"`examples` must lie in [2, {len(labels) - NUM_QUERY}], got {num_examples}.")
-    inputs = (pixels / 16).float()
-    inputs = inputs - inputs.mean(dim=0)
+    ink = (pixels / 16).float()
+    inputs = ink - ink.mean(dim=0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     train, query = order[:num_examples], order[-NUM_QUERY:]
@@ -83,7 +86,7 @@ def load_digits_data(num_examples: int, label_noise: float, seed: int) -> Digits
     wrong = torch.randperm(num_examples, generator=generator)[: round(label_noise * num_examples)]
     given = clean.clone()
     given[wrong] = (clean[wrong] + torch.randint(1, NUM_CLASSES, (len(wrong),), generator=generator)) % NUM_CLASSES
-    return DigitsData(inputs[train], given, clean, given != clean, inputs[query], labels[query].long())
+    return DigitsData(inputs[train], given, clean, given != clean, inputs[query], labels[query].long(), ink[train])
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,12 @@ def train_demo(
         query=(data.query_inputs, encode(data.query_labels)),
         loss=loss,
         clean_targets=encode(data.clean_labels),
-        image_shape=IMAGE_SHAPE,
         every_step=optimizer != "sgd",
         audit=optimizer != "sgd",
         steps_per_epoch=None if optimizer == "sgd" else max(2, num_examples // BATCH_SIZE),
     )
+    # With the mean taken out of every pixel, digits are hard to recognise: show them as they were.
+    recorder.probe = replace(recorder.probe, pictures=make_pictures(data.pixels, IMAGE_SHAPE))
     trainer = _make_optimizer(optimizer, loss, model)
     recorder.attach(trainer)
     for step in range(steps):

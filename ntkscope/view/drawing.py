@@ -15,8 +15,15 @@ DIGITS = 4  # significant, in what is drawn
 MIN_DECADE_SPAN = 20  # a step axis that spans less is linear
 
 
-def _rounded(value: float) -> float | None:
-    """Keep a few significant digits; None where there is no finite number."""
+def rounded(value: float) -> float | None:
+    """Keep a few significant digits.
+
+    Args:
+        value: Any number.
+
+    Returns:
+        The number that is drawn; None where it is not finite.
+    """
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -29,7 +36,7 @@ def values(column: Tensor) -> list[float | None]:
     Returns:
         Numbers with few digits; None where there is no finite one.
     """
-    return [_rounded(value) for value in column.tolist()]
+    return [rounded(value) for value in column.tolist()]
 
 
 def table(matrix: Tensor) -> list[list[float | None]]:
@@ -42,6 +49,21 @@ def table(matrix: Tensor) -> list[list[float | None]]:
         The same, row by row.
     """
     return [values(row) for row in matrix]
+
+
+def fixed(column: Tensor, span: float) -> list[float | None]:
+    """Turn a vector into drawable numbers as fine as can be seen on an axis: to about a thousandth of it.
+
+    Args:
+        column: Any vector.
+        span: Length of the axis, positive.
+
+    Returns:
+        Numbers; None where there is no finite one.
+    """
+    decimals = 3 - round(math.log10(span))
+    # Adding zero turns -0.0 into 0.0.
+    return [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in column.tolist()]
 
 
 def fixed_range(values: Tensor) -> list[float]:
@@ -78,19 +100,37 @@ def spread(total: int, limit: int) -> list[int]:
 
 
 def frame_rows(eigvals: Tensor) -> list[int]:
-    """Choose the snapshots to draw: those at which something was learned, evenly thinned to what a page can hold.
+    """Choose the snapshots that can be drawn: those at which something was learned.
 
     Args:
         eigvals: ω at every snapshot.
 
     Returns:
-        Rows of the history.
+        Rows of the history; the last if nothing was learned.
     """
     rows = [row for row in range(len(eigvals)) if bool((eigvals[row].nan_to_num(0.0) > 0).any())]
-    rows = rows or [len(eigvals) - 1]
-    if len(rows) <= MAX_FRAMES:
-        return rows
-    return [rows[round(j * (len(rows) - 1) / (MAX_FRAMES - 1))] for j in range(MAX_FRAMES)]
+    return rows or [len(eigvals) - 1]
+
+
+def thinned(rows: Sequence[int], limit: int = MAX_FRAMES, *, keep: int | None = None) -> list[int]:
+    """Thin rows evenly to what a page can hold.
+
+    Args:
+        rows: Ascending.
+        limit: How many to draw, at least 2.
+        keep: A row that must stay if it is among them.
+
+    Returns:
+        At most `limit` of them, the first and the last among them.
+    """
+    if len(rows) <= limit:
+        return list(rows)
+    positions = [round(j * (len(rows) - 1) / (limit - 1)) for j in range(limit)]
+    chosen = [rows[position] for position in positions]
+    if keep is not None and keep in rows and keep not in chosen and limit > 2:
+        nearest = min(range(1, limit - 1), key=lambda k: abs(positions[k] - rows.index(keep)))
+        chosen[nearest] = keep
+    return sorted(chosen)
 
 
 def median(values: Tensor) -> float:

@@ -9,13 +9,18 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from ntkscope.view import palette
-from ntkscope.view.drawing import fixed_range, frame_rows, hover_facts, median, values
+from ntkscope.view.colourings import Colouring, colourings
+from ntkscope.view.drawing import MAX_FRAMES, fixed, fixed_range, frame_rows, hover_facts, median, thinned
 from ntkscope.view.findings import stop_row
+from ntkscope.view.suspects import ranked
 from ntkscope.view.words import AnalysisLike, percent
 
+MAX_EXAMPLES = 2000
+MAX_PLACES = 20_000  # examples times snapshots: what a page can hold
 CLEAR_RATIO = 1.5  # of two medians, from which on a title compares them
 # plotly draws 3D symbols as letters: these two are in every font.
 SYMBOL_SIZES = {"circle": 5, "cross": 8}
+OUTLINE = {"color": palette.NEUTRAL, "width": 1}  # the brightest and the darkest colours would be lost on one page or the other
 
 
 def eigenstructure(analysis: AnalysisLike) -> go.Figure:
@@ -32,19 +37,22 @@ def eigenstructure(analysis: AnalysisLike) -> go.Figure:
         3D scatter with a slider over snapshots and a choice of colours.
     """
     history = analysis.history
-    rows = frame_rows(history.eigvals)
+    drawn = _drawn_examples(analysis)
+    learned = frame_rows(history.eigvals)
+    rows = thinned(learned, max(2, min(MAX_FRAMES, MAX_PLACES // max(1, len(drawn)))), keep=stop_row(analysis))
     active = _position_at_most(rows, stop_row(analysis))
-    groups = _noise_groups(analysis)
+    groups = _noise_groups(analysis, drawn)
+    ranges = [fixed_range(history.leading[learned, :, k]) for k in range(3)]
     figure = go.Figure()
     for name, symbol, members in groups:
         figure.add_trace(
             go.Scatter3d(
-                **_points(history.leading[rows[active]], members),
+                **_points(history.leading[rows[active]], members, ranges),
                 mode="markers",
                 name=name,
                 legendgroup=name,
                 showlegend=False,
-                marker={"symbol": symbol, "size": SYMBOL_SIZES[symbol], "opacity": 0.95, "coloraxis": "coloraxis"},
+                marker={"symbol": symbol, "size": SYMBOL_SIZES[symbol], "line": OUTLINE, "opacity": 0.95, "coloraxis": "coloraxis"},
                 customdata=[hover_facts(analysis, i) for i in members],
                 hovertemplate="example %{customdata[0]}<br>given label %{customdata[1]}, true label %{customdata[2]}"
                 f"<br>reservoir energy %{{customdata[3]}}<br>part of its error removed along<br>{_hover_modes(analysis)}<extra></extra>",
@@ -55,33 +63,28 @@ def eigenstructure(analysis: AnalysisLike) -> go.Figure:
         for name, symbol, _ in groups:
             legend_mark = {"symbol": symbol, "size": SYMBOL_SIZES[symbol], "color": palette.NEUTRAL}
             figure.add_trace(go.Scatter3d(x=[None], y=[None], z=[None], mode="markers", name=name, legendgroup=name, marker=legend_mark))
-    colourings = _colourings(analysis, [members for _, _, members in groups])
-    _, first_colours, first_axis = colourings[0]
-    for k, colours in enumerate(first_colours):
+    offers = colourings(analysis)
+    for k, colours in enumerate(_by_group(offers[0], groups)):
         figure.update_traces(marker_color=colours, selector=k)
-    axes = {
-        f"{letter}axis": palette.scene_axis(_mode_title(analysis, k), range=fixed_range(history.leading[rows, :, k]), nticks=5)
-        for k, letter in enumerate("xyz")
-    }
-    title = _eigenstructure_title(analysis, rows[active])
+    axes = {f"{letter}axis": palette.scene_axis(_mode_title(analysis, k), range=ranges[k], nticks=5) for k, letter in enumerate("xyz")}
+    title = _eigenstructure_title(analysis, rows[active]) + _thinning(len(drawn), len(analysis.examples.ids), len(rows), len(learned))
     figure.update_layout(
         **palette.base_layout(title, height=620),
         scene={**axes, "aspectmode": "cube", "uirevision": "keep", "camera": palette.CAMERA},
-        coloraxis=first_axis,
+        coloraxis=offers[0].axis,
     )
     figure.update_layout(legend={"y": 1.0, "yanchor": "bottom"}, margin={"l": 8, "r": 8, "b": 8})
     if len(rows) > 1:
         figure.frames = [
             go.Frame(
                 name=str(history.steps[row]),
-                data=[go.Scatter3d(**_points(history.leading[row], members)) for _, _, members in groups],
+                data=[go.Scatter3d(**_points(history.leading[row], members, ranges)) for _, _, members in groups],
                 traces=list(range(len(groups))),
             )
             for row in rows
         ]
         figure.update_layout(sliders=[_slider([history.steps[row] for row in rows], active)])
-    menus = [_colour_menu(colourings)] if len(colourings) > 1 else []
-    figure.update_layout(updatemenus=[*menus, *([_play_menu()] if len(rows) > 1 else [])])
+    figure.update_layout(updatemenus=[_colour_menu(offers, groups), *([_play_menu()] if len(rows) > 1 else [])])
     return figure
 
 
@@ -90,9 +93,34 @@ def _position_at_most(rows: Sequence[int], row: int) -> int:
     return max([position for position, candidate in enumerate(rows) if candidate <= row], default=0)
 
 
-def _points(leading: Tensor, members: Sequence[int]) -> dict[str, list[float | None]]:
+def _drawn_examples(analysis: AnalysisLike) -> list[int]:
+    """Choose the examples to draw: all of them if they fit, else the most suspicious and an even choice of the others."""
+    total = len(analysis.examples.ids)
+    if total <= MAX_EXAMPLES:
+        return list(range(total))
+    first = ranked(analysis)[: MAX_EXAMPLES // 2]
+    others = sorted(set(range(total)) - set(first))
+    return sorted([*first, *thinned(others, MAX_EXAMPLES - len(first))])
+
+
+def _thinning(num_drawn: int, num_examples: int, num_frames: int, num_learned: int) -> str:
+    """Say what was left out."""
+    parts = []
+    if num_drawn < num_examples:
+        parts.append(f"{num_drawn:,} of {num_examples:,} examples drawn, the most suspicious among them")
+    if num_frames < num_learned:
+        parts.append(f"{num_frames} of {num_learned} snapshots drawn")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _points(leading: Tensor, members: Sequence[int], ranges: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
     """Place some examples in one snapshot."""
-    return {letter: values(leading[list(members), k]) for k, letter in enumerate("xyz")}
+    return {letter: fixed(leading[list(members), k], ranges[k][1] - ranges[k][0]) for k, letter in enumerate("xyz")}
+
+
+def _by_group(colouring: Colouring, groups: Sequence[tuple[str, str, list[int]]]) -> list[list[float]]:
+    """Share the colours out to the traces."""
+    return [[colouring.values[i] for i in members] for _, _, members in groups]
 
 
 def _mode_title(analysis: AnalysisLike, k: int) -> str:
@@ -117,9 +145,9 @@ def _removed_shares(analysis: AnalysisLike) -> list[float]:
     return [float(removed[mode]) / total if total > 0 else math.nan for mode in analysis.history.leading_modes]
 
 
-def _noise_groups(analysis: AnalysisLike) -> list[tuple[str, str, list[int]]]:
+def _noise_groups(analysis: AnalysisLike, everyone: list[int]) -> list[tuple[str, str, list[int]]]:
     """Group the examples by marker: (name, symbol, positions)."""
-    noise, everyone = analysis.examples.is_noise, list(range(len(analysis.examples.ids)))
+    noise = analysis.examples.is_noise
     if noise is None:
         return [("examples", "circle", everyone)]
     groups = [
@@ -129,55 +157,18 @@ def _noise_groups(analysis: AnalysisLike) -> list[tuple[str, str, list[int]]]:
     return [group for group in groups if group[2]]
 
 
-def _colourings(analysis: AnalysisLike, groups: Sequence[Sequence[int]]) -> list[tuple[str, list[list[float]], dict[str, Any]]]:
-    """Offer colours: (name, colour values of every trace, colour axis), the default first."""
-    examples = analysis.examples
-    bar = {"orientation": "h", "thickness": 12, "len": 0.8, "y": -0.02, "yanchor": "top"}
-    offers = []
-    if examples.is_noise is not None:
-        flags = [float(flag) for flag in examples.is_noise]
-        scale = palette.discrete_scale([palette.BLUE, palette.VERMILION])
-        ticks = {"tickvals": [0, 1], "ticktext": ["label is right", "planted wrong"], "title": {"text": ""}}
-        offers.append(("planted wrong labels", flags, {"colorscale": scale, "cmin": -0.5, "cmax": 1.5, "colorbar": {**bar, **ticks}}))
-    if examples.labels is not None:
-        names = sorted(set(examples.labels))
-        index = {name: float(k) for k, name in enumerate(names)}
-        colours = [palette.LABEL_COLOURS[k % len(palette.LABEL_COLOURS)] for k in range(len(names))]
-        every = math.ceil(len(names) / 20)
-        ticks = {
-            "tickvals": list(range(0, len(names), every)),
-            "ticktext": [html.escape(str(name)) for name in names[::every]],
-            "title": {"text": "given label"},
-        }
-        axis = {
-            "colorscale": palette.discrete_scale(colours),
-            "cmin": -0.5,
-            "cmax": len(names) - 0.5,
-            "colorbar": {**bar, **ticks},
-        }
-        offers.append(("given label", [index[label] for label in examples.labels], axis))
-    energies = [value if value is not None else 0.0 for value in values(examples.reservoir_energy)]
-    axis = {
-        "colorscale": palette.CONTINUOUS,
-        "cmin": 0.0,
-        "cmax": max([*energies, 1e-12]),
-        "colorbar": {**bar, "title": {"text": "reservoir energy"}, "tickvals": None, "ticktext": None},
-    }
-    offers.append(("reservoir energy", energies, axis))
-    return [(name, [[values[i] for i in members] for members in groups], axis) for name, values, axis in offers]
-
-
-def _colour_menu(colourings: Sequence[tuple[str, list[list[float]], dict[str, Any]]]) -> dict[str, Any]:
+def _colour_menu(offers: Sequence[Colouring], groups: Sequence[tuple[str, str, list[int]]]) -> dict[str, Any]:
     """Describe the menu that changes colours."""
     buttons = []
-    for name, colours, axis in colourings:
+    for offer in offers:
+        axis, colours = offer.axis, _by_group(offer, groups)
         # Single keys, not the whole axis: text colours set for a dark page must stay.
         changes = {f"coloraxis.{key}": value for key, value in axis.items() if key != "colorbar"}
         bar = axis["colorbar"]
         changes |= {f"coloraxis.colorbar.{key}": bar.get(key) for key in ("tickvals", "ticktext")}
         changes["coloraxis.colorbar.title.text"] = bar["title"]["text"]
         buttons.append({
-            "label": f"colour: {name}",
+            "label": f"colour: {offer.name}",
             "method": "update",
             "args": [{"marker.color": colours}, changes, list(range(len(colours)))],
         })

@@ -2,16 +2,18 @@
 
 import html
 import math
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ntkscope.view import palette
-from ntkscope.view.drawing import MIN_DECADE_SPAN, frame_rows, spread, table, values
+from ntkscope.view.drawing import MIN_DECADE_SPAN, fixed, frame_rows, spread, thinned, values
 from ntkscope.view.findings import signal_modes, stop_row
-from ntkscope.view.words import AnalysisLike, counted, number
+from ntkscope.view.words import AnalysisLike, counted
 
 MAX_MODES = 200
+MAX_MARKS = 3000
 
 
 def omega_surface(analysis: AnalysisLike) -> go.Figure:
@@ -26,16 +28,19 @@ def omega_surface(analysis: AnalysisLike) -> go.Figure:
     history = analysis.history
     total = history.eigvals.shape[1]
     modes = spread(total, MAX_MODES)
-    drawn = [row for row in frame_rows(history.eigvals) if history.steps[row] > 0]
-    rows = drawn or [len(history.steps) - 1]
+    learned = [row for row in frame_rows(history.eigvals) if history.steps[row] > 0] or [len(history.steps) - 1]
     row = stop_row(analysis)
+    rows = thinned(learned, keep=row)
     above = int((history.eigvals[row] > 0.5).sum())
     title = (
         f"By step {history.steps[row]:,}, {above:,} of {counted(total, 'direction')} "
         f"{'has' if above == 1 else 'have'} lost more than half of {'its' if above == 1 else 'their'} loss"
     )
-    if len(modes) < total:
-        title += f" ({len(modes)} of {total:,} drawn, denser at the start)"
+    parts = [f"{len(modes)} of {total:,} directions drawn, denser at the start"] if len(modes) < total else []
+    if len(rows) < len(learned):
+        parts.append(f"{len(rows)} of {len(learned)} snapshots drawn")
+    if parts:
+        title += f" ({'; '.join(parts)})"
     omega = history.eigvals[rows][:, modes]
     x = [k + 1 for k in modes]
     steps = [history.steps[row] for row in rows]
@@ -43,20 +48,19 @@ def omega_surface(analysis: AnalysisLike) -> go.Figure:
         trace = go.Surface(
             x=x,
             y=steps,
-            z=table(omega),
-            customdata=[[number(float(history.times[row]))] * len(modes) for row in rows],
+            z=[fixed(row, 1.0) for row in omega],
             colorscale=palette.CONTINUOUS,
             cmin=0,
             cmax=1,
             showscale=False,  # the height says it already
             contours={"z": {"show": True, "start": 0.5, "end": 0.6, "size": 1, "color": palette.VERMILION, "width": 4}},
-            hovertemplate="mode %{x}<br>step %{y}, optimizer time %{customdata}<br>ω = %{z:.3f}<extra></extra>",
+            hovertemplate="mode %{x}<br>step %{y}<br>ω = %{z:.3f}<extra></extra>",
         )
     else:
         trace = go.Scatter3d(
             x=x,
             y=[steps[-1]] * len(modes),
-            z=values(omega[-1]),
+            z=fixed(omega[-1], 1.0),
             mode="lines+markers",
             line={"color": palette.SIGNAL, "width": 4},
             marker={"size": 3, "color": palette.SIGNAL},
@@ -93,12 +97,13 @@ def spectrum(analysis: AnalysisLike) -> go.Figure:
     omega = analysis.spectrum.eigvals
     total = len(omega)
     is_signal = signal_modes(analysis)
+    modes = spread(total, MAX_MARKS)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.64, 0.36])
     for name, wanted, colour, symbol in (
         ("signal (learned)", True, palette.SIGNAL, "circle"),
         ("reservoir (the rest)", False, palette.RESERVOIR, "x-thin-open"),
     ):
-        chosen = [k for k in range(total) if is_signal[k] is wanted]
+        chosen = [k for k in modes if is_signal[k] is wanted]
         figure.add_trace(
             go.Scatter(
                 x=[k + 1 for k in chosen],
@@ -123,7 +128,7 @@ def spectrum(analysis: AnalysisLike) -> go.Figure:
             text=[f"{analysis.cutoffs[rule].rank:,}" for rule in answered],
             textposition=["middle left" if analysis.cutoffs[rule].rank > total**0.6 else "middle right" for rule in answered],
             marker={
-                "symbol": ["diamond" if rule == analysis.channels.rule else "diamond-open" for rule in answered],
+                "symbol": [_symbol(analysis.cutoffs[rule], is_chosen=rule == analysis.channels.rule) for rule in answered],
                 "size": 11,
                 "color": palette.GREEN,
                 "line": {"width": 2, "color": palette.GREEN},
@@ -140,7 +145,8 @@ def spectrum(analysis: AnalysisLike) -> go.Figure:
             text="no answer here", x=0.01, xref="x2 domain", xanchor="left", y=html.escape(rule), yref="y2", showarrow=False
         )
     rank = analysis.channels.signal_rank
-    figure.add_vline(x=rank + 0.5, line={"color": palette.GREEN, "width": 2, "dash": "dash"})
+    if not _is_selection(analysis.cutoffs.get(analysis.channels.rule)):
+        figure.add_vline(x=rank + 0.5, line={"color": palette.GREEN, "width": 2, "dash": "dash"})
     title = (
         f"{rank:,} of {counted(total, 'direction')} {'carries' if rank == 1 else 'carry'} the signal "
         f"by rule '{html.escape(analysis.channels.rule)}'"
@@ -148,6 +154,8 @@ def spectrum(analysis: AnalysisLike) -> go.Figure:
     ranks = [analysis.cutoffs[rule].rank for rule in answered]
     if len(set(ranks)) > 1:
         title += f"; other rules say {min(ranks):,} to {max(ranks):,}"
+    if len(modes) < total:
+        title += f" ({len(modes):,} directions drawn, denser at the start)"
     figure.update_layout(**palette.base_layout(title, height=560))
     is_log = total >= MIN_DECADE_SPAN
     low, high = (math.log10(0.45), math.log10(1.4 * (total + 0.5))) if is_log else (0.0, total + 1.0)
@@ -161,3 +169,13 @@ def spectrum(analysis: AnalysisLike) -> go.Figure:
     )
     figure.update_yaxes(range=[-0.7, len(rules) - 0.3], row=2, col=1)
     return figure
+
+
+def _symbol(cutoff: Any, *, is_chosen: bool) -> str:
+    """Choose a rule's mark: round for one that selects directions one by one, and so draws no line; filled for the one in use."""
+    return ("circle" if _is_selection(cutoff) else "diamond") + ("" if is_chosen else "-open")
+
+
+def _is_selection(cutoff: Any) -> bool:
+    """Say whether a rule selects directions that need not be the leading ones."""
+    return getattr(cutoff, "selected", None) is not None
