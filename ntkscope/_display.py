@@ -40,11 +40,11 @@ class Plots:
         return [*super().__dir__(), *figures.FIGURES]
 
     def __getattr__(self, name: str) -> Any:
-        from ntkscope.view import figures
+        from ntkscope.view import figures, standalone
 
         if name not in figures.FIGURES:
             raise AttributeError(f"no figure {name!r}; there are {', '.join(figures.FIGURES)}")
-        return lambda: figures.FIGURES[name](self._analysis)
+        return lambda: standalone.standalone(figures.FIGURES[name](self._analysis))
 
 
 def write_report(analysis: Any, path: Any) -> None:

@@ -108,7 +108,7 @@ def results():
         steps_per_epoch=2,
         batches=batches,
     )
-    found = parts_of(ntkscope.analyze(recorder, window=(0, 60), jackknife=3, audit=ntkscope.AuditOptions(num_permutations=10)), {})
+    found = parts_of(ntkscope.analyze(recorder, window=(0, 60), jackknife=4, audit=ntkscope.AuditOptions(num_permutations=10)), {})
     sgd = record(lambda model: torch.optim.SGD(model.parameters(), lr=0.1), steps=20)
     parts_of(ntkscope.jump_study(sgd), found)
     model, inputs, targets = problem()

@@ -81,7 +81,7 @@ def population_risk(moments: GradientMoments, precond: Precond | None = None) ->
     Example:
         >>> moments = GradientMoments({"w": torch.tensor([2.0, 0.5])}, {"w": torch.tensor([1.0, 1.0])}, num_examples=2)
         >>> population_risk(moments).total
-        RiskRate(rate=2.25, training_rate=4.25, best_rate=3.0, share_kept=0.5, num_entries=2)
+        RiskRate(rate=2.25, training_rate=4.25, best_rate=3, share_kept=50.0 %, num_entries=2)
 
     Source:
         theory.md section 6.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkscope._checks import format_bytes
+from ntkscope._checks import UserError, format_bytes
 from ntkscope.view.meanings import meanings_of
 from ntkscope.view.words import SPACE, number, percent
 
@@ -23,6 +23,7 @@ LEADING = {
         "run.source", "run.num_examples", "window.start_step", "window.stop_step", "channels.signal_rank", "channels.num_modes",
         "closure.trustworthy",
     ),
+    "Examples": ("ids", "labels", "is_noise", "abstains"),
     "Closure": ("trustworthy", "energy_error", "gradient_error", "query_error"),
     "GateAudit": ("verdict.kind", "kind", "alpha", "is_counterfactual", "steps"),
     "Transfer": ("fit.correlation", "fit.relative_error", "predictor_rank"),
@@ -50,7 +51,11 @@ def shown_fields(result: Any) -> dict[str, Any]:
     """
     is_data = dataclasses.is_dataclass(result)
     names = [field.name for field in dataclasses.fields(result) if field.repr] if is_data else meanings_of(type(result))
-    return {name: getattr(result, name) for name in names if hasattr(result, name)}
+    found = {}
+    for name in names:
+        with contextlib.suppress(AttributeError, UserError):  # what is not there yet, such as a record before the first step
+            found[name] = getattr(result, name)
+    return found
 
 
 def line_of(result: Any) -> str:
@@ -78,7 +83,7 @@ def _leading(result: Any) -> dict[str, Any]:
     """Take what a line begins with, as far as it is there."""
     named = {}
     for path in LEADING.get(type(result).__name__, ()):
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, UserError):
             named[path.rpartition(".")[2]] = attrgetter(path)(result)
     return named
 
@@ -164,6 +169,8 @@ def _word(value: Any, name: str) -> str:
         return f"{type(value).__name__}(...)"
     if isinstance(value, list | tuple):
         return f"[{', '.join(_word(each, name) for each in value)}]"
+    if isinstance(value, float) and name not in SHARES:
+        return f"{value:.4g}"
     # No separators of thousands: commas separate fields.
     return _scalar(value, name).replace(SPACE, " ").replace(",", "")
 
