@@ -19,7 +19,7 @@ from ntkscope.record import optimizers
 from ntkscope.record.allowance import Allowance
 from ntkscope.record.beginning import check_beginning
 from ntkscope.record.crew import Crew, Helper
-from ntkscope.record.facts import KERNEL_FORMS
+from ntkscope.record.facts import KERNEL_FORMS, RunFacts
 from ntkscope.record.fields import check_fields
 from ntkscope.record.files import TraceWriter
 from ntkscope.record.instrument import Instrument
@@ -78,6 +78,7 @@ class Recorder(Recording, Displayed):
         num_steps: Optimizer steps so far.
         is_attached: Whether it records an optimizer.
         is_helper: Whether this rank computes for rank 0 and has no record itself.
+        facts: What does not change along the run.
         seconds: What training and recording took so far, and the last of each kind of work.
         outputs: As given.
         every_step: As given.
@@ -227,6 +228,20 @@ class Recorder(Recording, Displayed):
     def is_helper(self) -> bool:
         """Whether this rank computes for rank 0."""
         return self._helper is not None
+
+    @property
+    def facts(self) -> RunFacts:
+        """What does not change along the run; asking takes no snapshot.
+
+        Returns:
+            The facts.
+
+        Raises:
+            InputError: If nothing is attached or resumed yet, or another rank has the record.
+        """
+        if self._trace is None:
+            raise InputError("Nothing is recorded here yet. Call attach(optimizer) first; of several ranks, rank 0 has the record.")
+        return self._trace.facts
 
     @property
     def seconds(self) -> dict[str, float]:
