@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
-from test_view import HOSTILE, _finite_json, _parse, _title
-from view_case import synthetic_analysis
+from test_view import HOSTILE, _parse
+from view_case import finite_json, synthetic_analysis, title_of
 
 from ntkscope.view.comparison import render_comparison, write_comparison
 from ntkscope.view.comparison_examples import STYLES, _distances, _residual_by_chance, _rotated, eigenstructures, half_times
@@ -58,9 +58,9 @@ def test_every_figure_draws_every_pair(pair):
     assert ("half_times" in names) == (len(matching) > 0)
     for name in names:
         figure = COMPARISONS[name](*pair, matching)
-        assert _finite_json(figure)["data"]
-        assert re.search(r"\d", _title(figure)), "a title states the finding with a number"
-        assert "nan" not in re.findall(r"\w+", _title(figure).lower())
+        assert finite_json(figure)["data"]
+        assert re.search(r"\d", title_of(figure)), "a title states the finding with a number"
+        assert "nan" not in re.findall(r"\w+", title_of(figure).lower())
 
 
 def test_every_pair_has_a_page(pair, tmp_path):
@@ -87,7 +87,7 @@ def test_the_runs_can_be_told_apart_without_colour():
     assert len({style.dash for style in STYLES}) == len({style.symbol for style in STYLES}) == 2
     first, second = synthetic_analysis(has_gate=True), synthetic_analysis(has_gate=True)
     for make in (losses, spectra, gates):
-        lines = _finite_json(make(first, second, match_examples(first, second)))["data"]
+        lines = finite_json(make(first, second, match_examples(first, second)))["data"]
         assert [(line["name"], line["line"]["dash"], line["marker"]["symbol"]) for line in lines] == [
             ("A", "solid", "circle"),
             ("B", "dash", "diamond-open"),
@@ -189,11 +189,11 @@ def test_examples_of_one_class_or_without_labels_are_matched_by_row():
 def test_a_uniform_speedup_is_a_ratio_and_names_nobody():
     first, second = faster(2.0)
     figure = half_times(first, second, match_examples(first, second))
-    assert "typically in 0.500 times as many steps in B as in A" in _title(figure)
-    assert "furthest" not in _title(figure)
+    assert "typically in 0.500 times as many steps in B as in A" in title_of(figure)
+    assert "furthest" not in title_of(figure)
     same = half_times(first, first, match_examples(first, first))
-    assert "typically in as many steps in B as in A" in _title(same)
-    assert "rank correlation 1.00" in _title(same)
+    assert "typically in as many steps in B as in A" in title_of(same)
+    assert "rank correlation 1.00" in title_of(same)
     assert "typical ratio" not in {trace.name for trace in same.data}
 
 
@@ -203,7 +203,7 @@ def test_the_examples_that_two_runs_treat_differently_are_named():
     early, late = reached[0], reached[1]
     second.examples.half_time[early] /= 50
     second.examples.half_time[late] = torch.inf
-    spec = _finite_json(half_times(first, second, match_examples(first, second)))
+    spec = finite_json(half_times(first, second, match_examples(first, second)))
     named = {text for trace in spec["data"] for text in trace.get("text", ()) if text}
     assert f"#{early}" in named
     assert "furthest from the common line" in spec["layout"]["title"]["text"]
@@ -247,7 +247,7 @@ def test_the_eigenstructures_are_aligned_over_the_matched_examples():
     first, second = synthetic_analysis(), synthetic_analysis()
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
     second.history.leading = second.history.leading @ turn
-    spec = _finite_json(eigenstructures(first, second, match_examples(first, second)))
+    spec = finite_json(eigenstructures(first, second, match_examples(first, second)))
     ours, theirs = spec["data"][1:]
     for letter in "xyz":
         assert ours[letter] == pytest.approx(theirs[letter], abs=1e-6)
@@ -297,11 +297,11 @@ def test_what_stands_in_the_way_of_comparing_is_said():
 
 def test_other_sizes_are_drawn_over_shares_of_modes():
     first, second = synthetic_analysis(), synthetic_analysis(num_examples=20)
-    spec = _finite_json(spectra(first, second, match_examples(first, second)))
+    spec = finite_json(spectra(first, second, match_examples(first, second)))
     assert [line["x"][-1] for line in spec["data"]] == [1.0, 1.0]
     assert "share of all" in spec["layout"]["xaxis"]["title"]["text"]
     second.run.loss = "mse"
-    spec = _finite_json(losses(first, second, match_examples(first, second)))
+    spec = finite_json(losses(first, second, match_examples(first, second)))
     assert [line["y"][0] for line in spec["data"]] == [1.0, 1.0]
     assert "share of the window's start" in spec["layout"]["yaxis"]["title"]["text"]
 
