@@ -121,7 +121,7 @@ def analyze(
 
             parse_rule(cutoff)  # before the user's data are loaded, which may take long
             audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=multiple)  # pyright: ignore[reportArgumentType]
-            stages.begin("loading model and data" if model or data or query else f"reading {paths[0].name}")
+            stages.begin("loading model and data" if model or data or query else "reading the record")
             network, probe = None if model is None else load_model(model), None if data is None else load_data(data)
             is_bare = network is not None or probe is not None
             source = (find_trace(paths) or paths) if is_bare else paths[0] if len(paths) == 1 else paths
@@ -146,8 +146,17 @@ def analyze(
                 progress=stages.update,
                 stage=stages.begin,
             )
-            stages.begin(f"writing {out}")
+            stages.begin("writing the results")
             analysis.save(out, report=not no_report)
+        if not quiet:
+            is_recorded = not is_bare or isinstance(source, ntkscope.Trace)
+            unused = [name for name, value in (("--times", times), ("--query", query)) if value is not None and is_recorded]
+            if unused:
+                typer.echo(f"note: {' and '.join(unused)} not used; the record has its own.", err=True)
+            is_audited = analysis.gate is not None and analysis.gate.audit is not None
+            if is_recorded and not (is_audited or no_audit) and (model or gate or alpha):
+                reason = analysis.gate_reason if analysis.gate is None else analysis.gate.audit_reason
+                typer.echo(f"note: the gate was not audited: {reason}.", err=True)
         if as_json:
             print(json.dumps(analysis.summary(), indent=1), flush=True)
         elif not quiet:

@@ -57,7 +57,7 @@ def main() -> None:
     low, high = HELP_WIDTH
     try:
         try:
-            app(terminal_width=max(low, min(shutil.get_terminal_size().columns - 1, high)))
+            app(prog_name="ntkscope", terminal_width=max(low, min(shutil.get_terminal_size().columns - 1, high)))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

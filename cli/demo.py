@@ -68,7 +68,7 @@ def demo(
             save_checkpoint(run, checkpoint)
             model = run.model if run.recorder.has_audit else None
             analysis = ntkscope.analyze(checkpoint, model=model, progress=stages.update, stage=stages.begin)
-            stages.begin(f"writing {out}")
+            stages.begin("writing the results")
             analysis.save(out)
         from .terminal import result_console, show
 

@@ -1,5 +1,6 @@
 """Exit codes: 0 done, 2 the input is at fault, 1 our bug, 130 interrupted, 141 the reader of our output went away."""
 
+import errno
 import os
 import shutil
 import sys
@@ -60,13 +61,22 @@ def _fault_of_input(error: Exception, out: Path | None) -> str | None:
 
     if isinstance(error, UserError):
         return str(error)
-    if out is not None and shutil.disk_usage(_existing(out)).free < FULL:
+    if out is not None and _is_disk_full(error, out):
         return f"the disk that holds {out} is full. Make room, or give another place with --out."
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot use {os.fsdecode(error.filename)}: {error.strerror}. Give another place, or change its permissions."
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return f"out of memory: {str(error).strip().splitlines()[0]}. Record a smaller probe, or bound the job with --max-memory 4G."
     return None
+
+
+def _is_disk_full(error: Exception, out: Path) -> bool:
+    """Tell from the error, or from the disk: torch and safetensors say in words of their own that they could not write."""
+    return (
+        (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+        or "No space left on device" in str(error)
+        or shutil.disk_usage(_existing(out)).free < FULL
+    )
 
 
 def _existing(folder: Path) -> Path:

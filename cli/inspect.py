@@ -27,7 +27,7 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", hidden=True)]) 
             from ntkscope.record.checkpoint import describe_content, find_recorder_state, load_checkpoint
             from ntkscope.record.trace import load_trace, trace_from_state
 
-            stages.begin(f"reading {path.name}")
+            stages.begin("reading the file")
             content: list[tuple[str, str]] = []
             if path.is_dir():
                 trace = load_trace(path)

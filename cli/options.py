@@ -33,7 +33,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text in choices:
             return text
-        close = difflib.get_close_matches(text, choices, n=1)
+        close = difflib.get_close_matches(text, choices, n=1, cutoff=0.7)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise typer.BadParameter(f"{text!r} is none of {', '.join(choices)}.{hint}")
 
@@ -68,7 +68,10 @@ def check_folder(folder: Path) -> Path:
     Raises:
         typer.BadParameter: If it is no folder, or could not be made.
     """
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise typer.BadParameter(f"{folder} cannot be a folder: {error.strerror}. Give another name.") from error
     if not place.is_dir():
         raise typer.BadParameter(f"{place} is a file, and a folder is written. Give another name.")
     if not _is_writable(place):

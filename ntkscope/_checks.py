@@ -4,8 +4,9 @@ Whatever derives from `UserError` is the input's fault: the command line prints 
 Any other exception is a bug of ours.
 """
 
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -39,7 +40,21 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         InputError: If it is not.
     """
     if value not in choices:
-        raise InputError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise InputError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{closest(str(value), choices)}")
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Ask whether something else was meant.
+
+    Args:
+        word: What the user gave.
+        known: What there is.
+
+    Returns:
+        A question that begins with a space; empty where nothing is near.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_finite(name: str, tensor: Tensor, advice: str) -> None:

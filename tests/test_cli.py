@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,6 +162,14 @@ def empty(): return torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
 def single(): return torch.zeros(1, 3), torch.zeros(1, dtype=torch.long)
 def mismatched(): return torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)
 def no_pair(): return torch.zeros(4, 3)
+value = 3
+def klass(): return nn.Linear
+def needs(x): return nn.Linear(3, 2)
+def bare_parameters(): return nn.Flatten()
+def wide(): return torch.zeros(4, 5), torch.tensor([0, 1, 1, 0])
+def words(): return torch.zeros(4, 3), ["a", "b", "b", "a"]
+def arrays(): return data()[0].numpy(), data()[1]
+def nan(): return torch.full((4, 3), torch.nan), torch.tensor([0, 1, 1, 0])
 """
 
 
@@ -220,6 +229,8 @@ def bad_files(folder):
     torch.save(nn.Linear(4, 2).state_dict(), folder / "other.pt")
     torch.save({"schema": "ntkscope.trace/9"}, folder / "newer.pt")
     torch.save([1, 2], folder / "list.pt")
+    (folder / "broken.py").write_text("def make(:")
+    (folder / "bad.npz").write_text("no archive")
     torch.save(torch.zeros(1000), folder / "torn.pt")
     torn(folder / "torn.pt")
     (folder / "torn.safetensors").write_bytes(b"\xff" * 30)
@@ -250,9 +261,25 @@ BARE = ("step00.pt", "step20.pt")
         (("step00.pt", "weights.pt", *SPECS), "does not say its step and learning rate"),
         ((*BARE, *SPECS, "--times", "0"), "one time per checkpoint"),
         ((*BARE, *SPECS, "--times", "1,1"), "no time between"),
-        ((*BARE, "--model", "specs.py:nope", *SPECS[2:]), "has no 'nope'"),
+        ((*BARE, "--model", "specs.py:nope", *SPECS[2:]), "has no 'nope'. Name a function that it defines."),
+        ((*BARE, "--model", "specs.py:mke", *SPECS[2:]), "has no 'mke'. Name a function that it defines. Did you mean 'make'?"),
+        ((*BARE, "--model", "spcs.py:make", *SPECS[2:]), "No such file: spcs.py. Give the path of a Python file. Did you mean 'specs.py'?"),
+        ((*BARE, "--model", "specs.py:value", *SPECS[2:]), "something of type int. Name a function without arguments."),
+        ((*BARE, "--model", "specs.py:klass", *SPECS[2:]), "got type. Return the model itself, not its class or state."),
+        ((*BARE, "--model", "specs.py:needs", *SPECS[2:]), "failed when called without arguments: TypeError"),
+        ((*BARE, "--model", "broken.py:make", *SPECS[2:]), "could not be imported: SyntaxError"),
+        ((*BARE, "--model", "no_such_package.x:make", *SPECS[2:]), "could not be imported: ModuleNotFoundError"),
+        ((*BARE, "--model", "specs.py:bare_parameters", *SPECS[2:]), "The model has no parameters"),
+        ((*BARE, *SPECS[:2], "--data", "specs.py:wide", *SPECS[4:]), "The model failed on the probe: RuntimeError"),
+        ((*BARE, *SPECS, "--query", "specs.py:wide"), "The model failed on the query set: RuntimeError"),
+        ((*BARE, *SPECS[:2], "--data", "specs.py:words", *SPECS[4:]), "are no numbers"),
+        ((*BARE, *SPECS[:2], "--data", "specs.py:arrays", *SPECS[4:]), "Convert the inputs with torch.as_tensor"),
+        ((*BARE, *SPECS[:2], "--data", "specs.py:nan", *SPECS[4:]), "outputs on the probe are not finite"),
+        ((*BARE, *SPECS[:2], "--data", "gone.npz", *SPECS[4:]), "No such file: gone.npz"),
+        ((*BARE, *SPECS[:2], "--data", "bad.npz", *SPECS[4:]), "Write it with numpy.savez"),
+        ((*BARE, *SPECS, "--times", "0,x"), "is no list of times"),
         ((*BARE, "--model", "gone.py:make", *SPECS[2:]), "No such file: gone.py"),
-        ((*BARE, "--model", "specs", *SPECS[2:]), "must be `pkg.module:callable`"),
+        ((*BARE, "--model", "specs", *SPECS[2:]), "must be `file.py:function` or `package.module:function`, for example net.py:make"),
         ((*BARE, "--model", "specs.py:no_model", *SPECS[2:]), "must return a torch.nn.Module, got int"),
         ((*BARE, "--model", "specs.py:broken", *SPECS[2:]), "boom"),
         ((*BARE, "--model", "specs.py:make", "--data", "specs.py:empty", "--loss", "cross_entropy"), "n = 0"),
@@ -265,6 +292,14 @@ BARE = ("step00.pt", "step20.pt")
         (("trace.pt", "--cutoff", "third"), "Unknown cutoff rule 'third'"),
         (("trace.pt", "--window", "0:1000"), "outside the trace"),
         (("trace.pt", "--window", "5:5"), "outside the trace, or empty"),
+        (("trace.pt", "--cutoff", "fixed:x"), "needs a number after the colon, got 'x'"),
+        (("trace.pt", "--cutoff", "energy:2"), "needs a number in [0, 1]"),
+        (("trace.pt", "--gate", "hrad"), "'hrad' is none of soft, hard, snr. Did you mean hard?"),
+        (("trace.pt", "--alpha", "big"), "'big' is no multiple. Give a number, or unbiased."),
+        (("trace.pt", "--alpha", "-1"), "`alpha` must lie in"),
+        (("trace.pt", "--jackknife", "x"), "valid integer"),
+        (("trace.pt", "--windw", "1:2"), "--window"),
+        ((), "Missing argument 'PATH'"),
         (("trace.pt", "--window", "5"), "is no window"),
         (("trace.pt", "--loss", "cross_entrpy"), "Did you mean cross_entropy?"),
         (("trace.pt", "--device", "quantum"), "Device 'quantum' cannot be used here"),
@@ -284,8 +319,10 @@ def test_bad_input_gets_one_message_and_writes_nothing(arguments, message, bare,
     checkpoint["ntkscope"]["snapshots"] = snapshots[:1]
     torch.save(checkpoint, "short_trace.pt")
     result = run("analyze", *arguments, "--out", "out")
-    assert message in " ".join(result.output.split())
+    assert message in " ".join(result.stderr.split())
     assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(re.findall(r"^error: ", result.stderr, flags=re.IGNORECASE | re.MULTILINE)) == 1
     assert "Traceback" not in result.output
     assert not (bare / "out").exists()
     assert not (bare / "exploded").exists()

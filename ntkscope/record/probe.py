@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, InputTypeError
+from ntkscope._checks import InputError, InputTypeError, UserError
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.dynamics.loss import ProbeLoss, bind_loss
 from ntkscope.kernel.batch import batch_tensors, count_examples, take, to_device
@@ -105,12 +105,12 @@ def make_probe(
     num_examples = count_examples(inputs)
     if num_examples < 2:
         raise InputError(f"The probe must hold at least 2 examples, got n = {num_examples}: one example has no spectrum to split.")
-    device = next(iter(model.parameters())).device
+    first = next(iter(model.parameters()), None)
+    if first is None:
+        raise InputError("The model has no parameters, so it has no tangent kernel. Give the model that was trained.")
+    device = first.device
     inputs = to_device(inputs, device)
-    with undisturbed(model), torch.no_grad():
-        outputs = forward_rows(model, inputs, forward_fn)
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError("The model's outputs on the probe are not finite. Check inputs and weights for NaN or infinity.")
+    outputs = _first_outputs("probe", model, inputs, forward_fn)
     bound = bind_loss(loss, targets.cpu(), outputs.cpu())
     if clean_targets is not None and clean_targets.shape != targets.shape:
         raise InputError(f"`clean_targets` must have the targets' shape {tuple(targets.shape)}, got {tuple(clean_targets.shape)}.")
@@ -122,6 +122,8 @@ def make_probe(
                 f"`query` has {count_examples(query_inputs)} inputs and {len(query_targets)} targets. Give one target per input."
             )
         query_inputs = to_device(query_inputs, device)
+        if len(query_targets):
+            _first_outputs("query set", model, query_inputs, forward_fn)
     return ProbeSet(
         inputs=inputs,
         few=take(inputs, slice(0, FEW)),
@@ -137,6 +139,24 @@ def make_probe(
         hash=hash_of(inputs, targets),
         pictures=make_pictures(inputs, image_shape),
     )
+
+
+def _first_outputs(name: str, model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> Tensor:
+    """Run the model for the first time: what fails here is the input's fault."""
+    try:
+        with undisturbed(model), torch.no_grad():
+            outputs = forward_rows(model, inputs, forward_fn)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"The model failed on the {name}: {type(error).__name__}: {reason}. Check the inputs' shape, dtype and device, or give the "
+            "model's call as `forward_fn(model, batch)`."
+        ) from error
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError(f"The model's outputs on the {name} are not finite. Check inputs and weights for NaN or infinity.")
+    return outputs
 
 
 def _pair(name: str, value: object) -> tuple[Any, Tensor]:

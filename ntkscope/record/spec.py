@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError
+from ntkscope._checks import InputError, closest
 from ntkscope.kernel.batch import count_examples
 from ntkscope.record.checkpoint import load_checkpoint
 
@@ -36,7 +36,7 @@ def load_callable(spec: str) -> Any:
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise InputError(f"SPEC {spec!r} must be `pkg.module:callable` or `file.py:callable`.")
+        raise InputError(f"SPEC {spec!r} must be `file.py:function` or `package.module:function`, for example net.py:make.")
     try:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except InputError:
@@ -44,7 +44,7 @@ def load_callable(spec: str) -> Any:
     except Exception as error:
         raise InputError(f"SPEC {spec!r} could not be imported: {type(error).__name__}: {error}.") from error
     if not hasattr(module, name):
-        raise InputError(f"SPEC {spec!r}: {place} has no {name!r}.")
+        raise InputError(f"SPEC {spec!r}: {place} has no {name!r}. Name a function that it defines.{closest(name, vars(module))}")
     return getattr(module, name)
 
 
@@ -62,7 +62,9 @@ def load_model(spec: str) -> nn.Module:
     """
     model = _call(spec)
     if not isinstance(model, nn.Module):
-        raise InputError(f"--model {spec!r} must return a torch.nn.Module, got {type(model).__name__}.")
+        raise InputError(
+            f"--model {spec!r} must return a torch.nn.Module, got {type(model).__name__}. Return the model itself, not its class or state."
+        )
     return model
 
 
@@ -83,13 +85,20 @@ def load_data(spec: str) -> tuple[Any, Tensor]:
         try:
             with np.load(spec, allow_pickle=False) as archive:
                 content: Any = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{spec} is no .npz file of plain arrays: {error}.") from error
+        except FileNotFoundError as error:
+            raise InputError(f"No such file: {spec}. Give the file with the arrays `inputs` and `targets`.") from error
+        except (OSError, ValueError, TypeError) as error:  # numpy's message advises to load it unsafely
+            raise InputError(
+                f"{spec} is no .npz file of plain arrays. Write it with numpy.savez(file, inputs=..., targets=...)."
+            ) from error
     elif suffix in (".safetensors", ".pt"):
         content = load_checkpoint(Path(spec))
     else:
         content = _call(spec)
-    pair = _find_pair(content)
+    try:
+        pair = _find_pair(content)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"The targets of data SPEC {spec!r} are no numbers: {error}. Give a tensor of classes or values.") from error
     if pair is None:
         raise InputError(f"Data SPEC {spec!r} must give a pair (inputs, targets), or a file with the entries `inputs` and `targets`.")
     inputs, targets = pair
@@ -114,7 +123,7 @@ def _call(spec: str) -> Any:
     """Call what a SPEC names; its own failure is the user's."""
     function = load_callable(spec)
     if not callable(function):
-        raise InputError(f"SPEC {spec!r} names a {type(function).__name__}, not a callable.")
+        raise InputError(f"SPEC {spec!r} names something of type {type(function).__name__}. Name a function without arguments.")
     try:
         return function()
     except (Exception, SystemExit) as error:
@@ -124,7 +133,8 @@ def _call(spec: str) -> Any:
 def _module_from_file(path: Path) -> Any:
     """Import a file by its path."""
     if not path.is_file():
-        raise InputError(f"No such file: {path}.")
+        known = [other.name for other in path.parent.glob("*.py")]
+        raise InputError(f"No such file: {path}. Give the path of a Python file.{closest(path.name, known)}")
     specification = importlib.util.spec_from_file_location(path.stem, path)
     if specification is None or specification.loader is None:
         raise InputError(f"{path} is no Python file.")

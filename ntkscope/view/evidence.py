@@ -45,8 +45,8 @@ def predicted_motion(transfer: Any) -> list[str]:
         Sentences.
     """
     sentences = [
-        f"The operators predict how held-out outputs moved with correlation {number(transfer.fit.correlation)} and an error of "
-        f"{percent(transfer.fit.relative_error)}."
+        f"How held-out outputs moved is predicted from the training examples with correlation {number(transfer.fit.correlation)} and an "
+        f"error of {percent(transfer.fit.relative_error)}."
     ]
     others = [f"{BASELINES[name]} {percent(fit.relative_error)}" for name, fit in transfer.baselines.items()]
     if others:
@@ -151,11 +151,11 @@ def against_shuffles(null: Any) -> str:
     Returns:
         One sentence or two.
     """
-    verdict = "more signal than chance" if null.p <= 0.05 else "no more signal than chance"
-    score = "" if math.isnan(null.z) else f", {number(null.z)} standard deviations away"
+    verdict = "More signal than chance" if null.p <= 0.05 else "No more signal than chance"
+    score = "" if math.isnan(null.z) else f"{number(null.z)} standard deviations away, "
     return (
-        f"Against {null.num_shuffles} shuffles of the labels: {verdict}. Training removed {percent(null.observed)} of the squared "
-        f"residual, of shuffled labels' {percent(null.mean)}{score} (p = {number(null.p, 2)})."
+        f"{verdict}: training removed {percent(null.observed)} of the squared error, and would have removed {percent(null.mean)} of that "
+        f"of shuffled labels ({null.num_shuffles} shuffles; {score}p = {number(null.p, 2)})."
     )
 
 

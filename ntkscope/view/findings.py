@@ -117,7 +117,8 @@ def learned(analysis: AnalysisLike) -> list[str]:
     ]
     of_removed = _signal_share_of_removed(analysis)
     carried = "" if math.isnan(of_removed) else f"; they carry {percent(of_removed)} of the removed error"
-    sentences.append(f"{rank:,} of {counted(total, 'direction')} count as learned by rule '{analysis.channels.rule}'{carried}.")
+    which = f"{rank:,} of {counted(total, 'direction')} {'counts' if rank == 1 else 'count'}" if rank else "No direction counts"
+    sentences.append(f"{which} as learned by rule '{analysis.channels.rule}'{carried if rank else ''}.")
     return sentences
 
 
@@ -135,12 +136,15 @@ def stored(analysis: AnalysisLike) -> list[str]:
     lying = "" if math.isnan(share) else f", with {percent(share)} of the initial error along them"
     omega = analysis.spectrum.eigvals[~torch.tensor(signal_modes(analysis))]
     most = f": training removed at most {percent(float(omega.max()))} of the loss along any of them" if len(omega) else ""
-    sentences = [f"The other {counted(left, 'direction')} form the reservoir{lying}{most}."]
+    which = f"{'The other' if left < analysis.channels.num_modes else 'All'} {counted(left, 'direction')} form the reservoir"
+    sentences = [f"{which}{lying}{most}." if left else "No direction is left in the reservoir."]
     shares = analysis.examples.reservoir_share
     if bool(torch.isfinite(shares).any()):
         count = int((shares > MOSTLY).sum())
         some = f"{count:,} of {counted(len(analysis.examples.ids), 'example')}"
-        sentences.append(f"{some} {'has' if count == 1 else 'have'} more than half of the initial error there.")
+        sentences.append(
+            f"{some} {'has' if count == 1 else 'have'} more than half of {'its' if count == 1 else 'their'} initial error there."
+        )
     return sentences
 
 

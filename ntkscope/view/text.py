@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ntkscope.view.evidence import chance, gating, reach
-from ntkscope.view.findings import Verdict, headline, learned, next_steps, stored, verdict
-from ntkscope.view.suspects import Score, Suspect, found_among, shown_scores, suspects
+from ntkscope.view.findings import Verdict, headline, learned, next_steps, rule_words, stored, verdict
+from ntkscope.view.suspects import Score, Suspect, found_among, ranked_by, shown_scores, suspects
 from ntkscope.view.words import SPACE, AnalysisLike
 
 MAX_WIDTH = 100  # longer lines are hard to read
@@ -23,7 +23,7 @@ HEAD_STYLE = "bold cyan"
 
 
 class Limits(NamedTuple):
-    """How many lines of each kind are shown."""
+    """How many sentences or rows of each kind are shown, and whether words are explained."""
 
     causes: int
     warnings: int
@@ -32,14 +32,17 @@ class Limits(NamedTuple):
     chance: int
     gate: int
     suspects: int
+    has_words: bool
 
 
 LIMITS = (
-    Limits(4, 4, 4, 4, 4, 3, 10),
-    Limits(2, 3, 3, 3, 2, 2, 10),
-    Limits(2, 1, 2, 1, 2, 1, 10),
-    Limits(1, 1, 1, 1, 1, 1, 10),
-    Limits(1, 1, 1, 0, 0, 1, 5),
+    Limits(4, 4, 4, 4, 4, 3, 10, True),
+    Limits(2, 3, 3, 3, 2, 2, 10, True),
+    Limits(2, 1, 2, 1, 2, 1, 10, True),
+    Limits(1, 1, 1, 1, 1, 1, 10, True),
+    Limits(1, 1, 1, 1, 1, 1, 5, True),
+    Limits(1, 1, 1, 0, 0, 1, 5, True),
+    Limits(1, 1, 1, 0, 0, 1, 5, False),
 )
 ASCII_WORDS = {
     "Ω": "Omega",
@@ -106,14 +109,16 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) 
     source = source if len(source) <= MAX_SOURCE else "..." + source[3 - MAX_SOURCE :]
     say(headline(analysis), "bold")
     say(f"{source}: {run.num_examples:,} examples, steps {window.start_step:,} to {window.stop_step:,} of {run.num_steps:,}.", "dim")
+    if limits.has_words:
+        say(_direction_words(analysis.channels.rule), "dim")
     head("Learned")
-    say(" ".join([*learned(analysis), "A direction is one pattern across the outputs of all examples."]))
+    say(" ".join(learned(analysis)))
     head("In the reservoir")
     say(" ".join(stored(analysis)))
     if limits.reach:
         head("Held-out examples")
         say(" ".join(reach(analysis)[: limits.reach]))
-    head("Can this be trusted?")
+    head("Can the numbers be trusted?")
     say(f"{judged.short}. {' '.join(judged.sentences)}", "" if judged.is_good else "bold")
     warnings = _shown_warnings(analysis, judged)
     for sentence in chance(analysis)[: limits.chance]:
@@ -124,7 +129,7 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) 
         say(warning, indent="! ")
     hidden = max(0, len(judged.causes) - limits.causes) + max(0, len(warnings) - limits.warnings)
     if hidden:
-        say(f"... and {hidden} more: see the report, or .closure.causes and .warnings.", indent="! ")
+        say(f"... and {hidden} more: see the report, or causes and warnings in summary.json.", indent="! ")
     audited = gating(analysis)
     if audited and analysis.gate is not None:
         head("What would gating do?" if analysis.gate.audit.is_counterfactual else "The gate")
@@ -134,11 +139,26 @@ def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) 
     if rows:
         head("Largest losses" if analysis.examples.abstains else "Most suspicious examples", _found_words(analysis, limits.suspects))
         lines.extend((_readable(text, encoding), style) for text, style in _suspect_table(analysis, rows, scores, width))
+        if limits.has_words:
+            say(_table_words(analysis), "dim")
     steps = next_steps(analysis)
     head("Next")
     for step in steps[: limits.steps] or [NOTHING_AMISS]:
         say(step, indent="- ")
     return lines, heads
+
+
+def _direction_words(rule: str) -> str:
+    """Explain the two words of the headline."""
+    condition = rule_words(rule)
+    among = "it is among " if rule.startswith(("rank:", "energy")) else ""
+    return f"A direction is one pattern across all examples' outputs: learned when {among}{condition}, else in the reservoir."
+
+
+def _table_words(analysis: AnalysisLike) -> str:
+    """Explain the order of the table, and its last row."""
+    first = "Largest loss first." if ranked_by(analysis) == "loss" else "Learned last comes first."
+    return f"{first} AUROC: 1 ranks wrong labels first, 0.5 is chance." if analysis.examples.auroc else first
 
 
 def _shown_warnings(analysis: AnalysisLike, judged: Verdict) -> list[str]:
