@@ -55,7 +55,8 @@ class Fetched(HTMLParser):
 def site(tmp_path_factory):
     """The site, built strictly, its notebooks not run."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    # Not --quiet: it hides the warnings that --strict counts.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NTKSCOPE_DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +78,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
         reader.feed(page.read_text(encoding="utf-8"))
         assert reader.addresses, page
         assert not [address for address in reader.addresses if re.match(r"(?:https?:)?//", address)], page
+        assert not re.search(r"import\W{1,4}https?:", page.read_text(encoding="utf-8")), page
     for style in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
@@ -243,10 +245,13 @@ def test_a_page_that_fetches_from_elsewhere_is_refused(tag):
 def test_a_notebook_page_loads_from_the_site():
     pages = ["notebooks/one.ipynb", "notebooks/two.ipynb", "gate.md"]
     plotly = '<script charset="utf-8" src="https://cdn.plot.ly/plotly-4.1.1.min.js" integrity="sha256-x" crossorigin="anonymous"></script>'
+    module = '<script type="module">import "https://cdn.plot.ly/plotly-4.1.1.min"</script>'
     mathjax = '<script src="https://cdnjs.cloudflare.com/ajax/libs/mathjax/3.2.2/es5/tex-svg.min.js"></script>'
     mermaid = '<script type="module">if (a) { await import("https://cdnjs.cloudflare.com/ajax/libs/mermaid/11/mermaid.mjs") }</script>'
     links = '<a href="../gate.md#x">gate</a> <a href="two.ipynb">two</a> <a href="https://example.org/a.md">web</a>'
-    made = site_notebooks.localized(f"{plotly}1{mathjax}{mermaid}{plotly}2<script>keep()</script>{links}", "notebooks/one.ipynb", pages)
+    made = site_notebooks.localized(
+        f"{module}{plotly}1{mathjax}{mermaid}{plotly}2<script>keep()</script>{links}", "notebooks/one.ipynb", pages
+    )
     assert made == (
         '<p><a href="one.ipynb" download>This page as a notebook</a></p><script src="../assets/plotly.min.js"></script>12'
         '<script>keep()</script><a href="../gate.html#x">gate</a> <a href="two.html">two</a> <a href="https://example.org/a.md">web</a>'

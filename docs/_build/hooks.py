@@ -34,7 +34,9 @@ from ntkscope.view import page as report_page  # ruff: ignore[module-import-not-
 SCRIPTS = {"assets/plotly.min.js": get_plotlyjs, "assets/report.js": lambda: (report_page.FOLDER / "report.js").read_text(encoding="utf-8")}
 _FIGURE = re.compile(r"<!-- (figure|picture): (\w+) -->")
 _MEASURED = re.compile(r"<!-- measured: (.+?) -->")
-_FOREIGN = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
+_FOREIGN = re.compile(
+    r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>|\bimport\s*\(?\s*["'](?:https?:)?//[^"']*"""
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

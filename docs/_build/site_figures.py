@@ -15,6 +15,7 @@ import site_pictures
 import torch
 
 import ntkscope
+from ntkscope._atomic import replace_when_done
 from ntkscope.experiments.demo import train_demo
 from ntkscope.view.figure_texts import FIGURE_TEXTS, FigureText
 from ntkscope.view.figures import FIGURES, drawable
@@ -23,7 +24,12 @@ from ntkscope.view.page import figure_block
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "docs-figures"
 NUM_EXAMPLES = 60  # in place of the demo's 100: the analysis takes a fifth of the time
-SOURCES = ("ntkscope/**/*.py", "docs/_build/*.py", "benchmarks/RESULTS.md")
+SOURCES = (
+    "ntkscope/**/*.py",
+    "benchmarks/gate_*.py",
+    "benchmarks/RESULTS.md",
+    *(f"docs/_build/site_{name}.py" for name in ("figures", "pictures", "results")),
+)
 
 
 @cache
@@ -38,8 +44,9 @@ def blocks() -> dict[str, dict[str, Any]]:
         made = _make()
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob("*.json"):
-            old.unlink()
-        path.write_text(json.dumps(made), encoding="utf-8")
+            old.unlink(missing_ok=True)
+        with replace_when_done(path) as temporary:
+            temporary.write_text(json.dumps(made), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

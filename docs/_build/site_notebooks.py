@@ -8,6 +8,7 @@ import site_links
 
 RENDERER = "notebook_connected"  # of plotly: figures as HTML that loads plotly.js, which is then loaded from the site
 _PLOTLY = re.compile(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*></script>')
+_PLOTLY_MODULE = re.compile(r'<script type="module">import "https://cdn\.plot\.ly/[^"]*"</script>')
 _MATHJAX = re.compile(r'<script[^>]*src="https://cdnjs\.cloudflare\.com/ajax/libs/mathjax/[^"]*"[^>]*></script>')
 _MERMAID = re.compile(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', re.DOTALL)
 _PAGE_LINK = re.compile(r'href="([^":#]+\.(?:md|ipynb))(#[^"]*)?"')
@@ -29,7 +30,7 @@ def localized(html: str, page: str, pages: Collection[str]) -> str:
     """
     plotly = posixpath.relpath("assets/plotly.min.js", posixpath.dirname(page) or ".")
     html = _PLOTLY.sub(f'<script src="{plotly}"></script>', html, count=1)
-    for pattern in (_PLOTLY, _MATHJAX, _MERMAID):
+    for pattern in (_PLOTLY, _PLOTLY_MODULE, _MATHJAX, _MERMAID):
         html = pattern.sub("", html)
     places = {site_links.repository_path(place): place for place in pages}
 
