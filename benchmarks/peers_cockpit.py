@@ -7,7 +7,6 @@ Digits MLP, batches of 20 of 1,000 examples, SGD, cross-entropy. Every way of fo
 
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +22,13 @@ with warnings.catch_warnings():
     from cockpit.utils.configuration import configuration
 
 import ntkscope
+from benchmarks.peers_worker import choose_clock
 from ntkscope.experiments.demo import NUM_CLASSES, NUM_PIXELS, load_digits_data
 
 NUM_EXAMPLES, NUM_FOLLOWED, BATCH_SIZE, LEARNING_RATE = 1000, 100, 20, 0.1
 ROUNDS = 3
+NUM_THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+CLOCK = choose_clock(NUM_THREADS)
 MODELS = {"MLP 64-48-10": (48, 1000), "MLP 64-1024-10": (1024, 1000)}  # width of the hidden layer, steps
 DATA = load_digits_data(NUM_EXAMPLES, 0.2, 0)
 
@@ -51,7 +53,7 @@ def train(model: nn.Module, steps: int, backward: Callable[..., None] | None = N
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
+    start = CLOCK()
     if attach is not None:
         attach(optimizer)
     for step in range(steps):
@@ -63,7 +65,7 @@ def train(model: nn.Module, steps: int, backward: Callable[..., None] | None = N
         else:
             backward(step, optimizer, inputs, labels)
         optimizer.step()
-    return time.perf_counter() - start
+    return CLOCK() - start
 
 
 def train_plain(width: int, steps: int) -> tuple[float, str]:
@@ -111,8 +113,7 @@ WAYS: dict[str, tuple[Callable[[int, int], tuple[float, str]], int]] = {
 
 def main() -> None:
     """Print milliseconds a step and the ratio to the plain loop, medians over rounds."""
-    if len(sys.argv) > 1:
-        torch.set_num_threads(int(sys.argv[1]))
+    torch.set_num_threads(NUM_THREADS)
     warnings.simplefilter("ignore")
     for title, (width, steps) in MODELS.items():
         train_plain(width, 100)

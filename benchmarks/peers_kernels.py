@@ -1,9 +1,10 @@
 """The exact NTK Gram matrix by ntkscope and by its peers: time, memory, and the difference of the results.
 
 Every side is a process of its own (peers_worker.py): it prepares, is asked once in a fresh state for memory and result, and then all sides
-are asked in turn. A side whose first call took longer than `SLOW` seconds is not asked again.
+are asked in turn. A side whose first call took longer than `SLOW` seconds of processor time is not asked again.
 """
 
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from benchmarks.peers_worker import Call, PeerError, Worker
 
 IMPLEMENTATIONS = ("STRUCTURED_DERIVATIVES", "NTK_VECTOR_PRODUCTS", "JACOBIAN_CONTRACTION", "AUTO")
 CASES = (("mlp", "full", 64), ("mlp", "full", 128), ("cnn", "full", 64), ("mlp", "trace", 128), ("cnn", "trace", 64))
-HEADER = ("side", "seconds", "times ours", "growth [MiB]", "peak [MiB]", "compile [s]", "difference")
-WIDTHS = (38, 22, 11, 13, 11, 12, 11)
+HEADER = ("side", "processor [s]", "wall [s]", "times ours", "growth [MiB]", "peak [MiB]", "compile [s]", "difference")
+WIDTHS = (38, 24, 9, 11, 13, 11, 12, 11)
 ROUNDS = 7
 SLOW = 20.0  # seconds
 MIB = 2**20
@@ -31,13 +32,13 @@ class Line:
         first: Its first call.
         compiling: Seconds it took to compile; None if it does not.
         difference: Of its result from ours, largest entry over ours' largest.
-        seconds: Of the calls in turn, one a round; empty if it is too slow for them.
+        calls: In turn, one a round; the first alone if it is too slow for them.
     """
 
     first: Call
     compiling: float | None
     difference: float
-    seconds: list[float] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
 
 def list_commands(model: str, kind: str, num_examples: int, peers: Mapping[str, Peer]) -> dict[str, tuple[Peer | None, list[str]]]:
@@ -99,28 +100,29 @@ def compare(model: str, kind: str, num_examples: int, peers: Mapping[str, Peer],
             lines[name] = Line(first, worker.warmed.get("compile"), difference)
         for _ in range(ROUNDS):
             for name, line in lines.items():
-                if line.first.seconds < SLOW:
-                    line.seconds.append(workers[name].run().seconds)
+                if line.first.processor < SLOW:
+                    line.calls.append(workers[name].run())
     finally:
         for worker in workers.values():
             worker.close()
     for name, line in lines.items():
-        print_row(cells(name, line, next(iter(lines.values()))))
+        print_row(cells(name, line, next(iter(lines.values())), num_threads))
     for name, reason in failed.items():
         print(f"{name:<{WIDTHS[0]}} not measured: {reason}", flush=True)
 
 
-def cells(name: str, line: Line, ours: Line) -> tuple[str, ...]:
-    """Format one line: median and range of seconds, median of the ratios of each round."""
-    if line.seconds:
-        ratios = [mine / base for mine, base in zip(line.seconds, ours.seconds, strict=True)]
-        seconds = f"{statistics.median(line.seconds):.4f} ({min(line.seconds):.4f}-{max(line.seconds):.4f})"
-    else:
-        ratios = [line.first.seconds / statistics.median(ours.seconds)]
-        seconds = f"{line.first.seconds:.1f} (one call)"
+def cells(name: str, line: Line, ours: Line, num_threads: int) -> tuple[str, ...]:
+    """Format one line: median and range of seconds, median of the ratios of each round (of wall time with several threads)."""
+    calls = line.calls or [line.first]
+    clock = operator.attrgetter("processor" if num_threads == 1 else "wall")
+    base = ours.calls if line.calls else [min(ours.calls, key=lambda call: abs(clock(call) - statistics.median(map(clock, ours.calls))))]
+    ratio = statistics.median(clock(mine) / clock(theirs) for mine, theirs in zip(calls, base, strict=True))
+    taken = [call.processor for call in calls]
+    told = f"{min(taken):.3f}-{max(taken):.3f}" if line.calls else "one call"
+    wall = statistics.median(call.wall for call in calls)
     compiling = "" if line.compiling is None else f"{line.compiling:.1f}"
     sizes = (f"{line.first.growth / MIB:.0f}", f"{line.first.peak / MIB:.0f}")
-    return (name, seconds, f"{statistics.median(ratios):.2f}", *sizes, compiling, f"{line.difference:.0e}")
+    return (name, f"{statistics.median(taken):.3f} ({told})", f"{wall:.3f}", f"{ratio:.2f}", *sizes, compiling, f"{line.difference:.0e}")
 
 
 def print_row(row: Iterable[str], widths: Sequence[int] = WIDTHS) -> None:

@@ -8,7 +8,6 @@ parameter instead of one per output.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,14 @@ from scipy.sparse.linalg import eigsh
 
 import ntkscope
 from benchmarks.kernel_models import NUM_CLASSES, MakeCase, make_cnn, make_mlp
+from benchmarks.peers_worker import choose_clock
 
 NUM_EXAMPLES = 64
 NUM_EIGVALS = 5
 TOLERANCE = 1e-4
 ROUNDS = 15
+NUM_THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+CLOCK = choose_clock(NUM_THREADS)
 
 
 def compare(name: str, make: MakeCase) -> None:
@@ -58,11 +60,9 @@ def compare(name: str, make: MakeCase) -> None:
         "curvlinops GGN / 2, eigsh": lambda: eigsh(ggn.to_scipy(), NUM_EIGVALS, tol=TOLERANCE)[0][::-1] / 2,
     }
     for side, solve in solvers.items():
-        start = time.perf_counter()
+        start = CLOCK()
         found = solve()
-        print(
-            f"{name}, largest eigenvalues  {side:26s} {time.perf_counter() - start:6.2f} s  {' '.join(f'{value:.3f}' for value in found)}"
-        )
+        print(f"{name}, largest eigenvalues  {side:26s} {CLOCK() - start:6.2f} s  {' '.join(f'{value:.3f}' for value in found)}")
 
 
 def _time_in_turn(functions: list[Callable[[], Any]]) -> list[list[float]]:
@@ -70,14 +70,13 @@ def _time_in_turn(functions: list[Callable[[], Any]]) -> list[list[float]]:
     taken: list[list[float]] = [[] for _ in functions]
     for _ in range(ROUNDS):
         for times, function in zip(taken, functions, strict=True):
-            start = time.perf_counter()
+            start = CLOCK()
             function()
-            times.append(time.perf_counter() - start)
+            times.append(CLOCK() - start)
     return taken
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        torch.set_num_threads(int(sys.argv[1]))
+    torch.set_num_threads(NUM_THREADS)
     for model_name, make_model in (("mlp", make_mlp), ("cnn", make_cnn)):
         compare(model_name, make_model)

@@ -9,7 +9,6 @@ followed 100 of the training examples; the true labels are used for nothing but 
 import logging
 import statistics
 import sys
-import time
 import warnings
 
 import torch
@@ -17,6 +16,7 @@ import weightwatcher
 from torch import nn
 
 import ntkscope
+from benchmarks.peers_worker import choose_clock
 from ntkscope.experiments.demo import NUM_CLASSES, NUM_PIXELS, load_digits_data
 from ntkscope.spectrum.examples import RECOMMENDED, area_under_roc
 
@@ -25,6 +25,8 @@ WIDTH, LEARNING_RATE, NUM_STEPS = 512, 0.1, 3000
 NOISES = (0.0, 0.2)
 SEEDS = (0, 1, 2)
 REPEATS = 5
+NUM_THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+CLOCK = choose_clock(NUM_THREADS)
 
 
 def make_model(seed: int) -> nn.Sequential:
@@ -67,22 +69,22 @@ def run(noise: float, seed: int) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     recorder.attach(optimizer)
     generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
+    start = CLOCK()
     for _ in range(NUM_STEPS):
         batch = torch.randint(NUM_EXAMPLES, (BATCH_SIZE,), generator=generator)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(data.inputs[batch]), data.labels[batch]).backward()
         optimizer.step()
-    trained = time.perf_counter() - start
+    trained = CLOCK() - start
     with torch.no_grad():
         outputs = model(data.inputs)
         train = (outputs.argmax(dim=1) == data.labels).float().mean()
         test = (model(data.query_inputs).argmax(dim=1) == data.query_labels).float().mean()
         losses = nn.functional.cross_entropy(outputs[followed], data.labels[followed], reduction="none")
     alphas = read_alphas(model)
-    start = time.perf_counter()
+    start = CLOCK()
     found = ntkscope.analyze(recorder)
-    analyzed = time.perf_counter() - start
+    analyzed = CLOCK() - start
     scores = found.examples.auroc
     told = "no wrong labels to find"
     if scores is not None and found.examples.is_noise is not None:
@@ -104,15 +106,14 @@ def run(noise: float, seed: int) -> list[float]:
 
 def main() -> None:
     """Print one line a run, exponents by noise, and WeightWatcher's time and its exponents without training."""
-    if len(sys.argv) > 1:
-        torch.set_num_threads(int(sys.argv[1]))
+    torch.set_num_threads(NUM_THREADS)
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     model = make_model(0)
     seconds = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = CLOCK()
         alphas = read_alphas(model)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(CLOCK() - start)
     print(
         f"WeightWatcher analyze: median {statistics.median(seconds):.2f} s; untrained alpha {' '.join(f'{alpha:.2f}' for alpha in alphas)}"
     )

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 PAUSE = 0.3  # seconds before a call: threads of the worker before spin for a while
-LONGEST = 420  # seconds
+LONGEST = 900  # seconds a worker may take to answer
 
 
 class Side(Protocol):
@@ -50,14 +50,21 @@ class Call:
     """One call.
 
     Attributes:
-        seconds: Its duration, taken inside the worker.
+        processor: Seconds of processor time of the worker, all its threads together.
+        wall: Seconds that passed.
         growth: Highest resident memory during the call above that before it, in bytes.
         peak: Highest resident memory during the call, in bytes.
     """
 
-    seconds: float
+    processor: float
+    wall: float
     growth: int
     peak: int
+
+
+def choose_clock(num_threads: int) -> Callable[[], float]:
+    """Choose seconds of processor time for one thread, which other work on the machine leaves nearly as they are, else of wall time."""
+    return time.process_time if num_threads == 1 else time.perf_counter
 
 
 def serve(side: Side) -> None:
@@ -73,9 +80,9 @@ def serve(side: Side) -> None:
             ctypes.CDLL(None).malloc_trim(0)  # what preparing freed must not hide what the call takes
         elif word == "run":
             result = None
-            start = time.perf_counter()
+            start, start_of_processor = time.perf_counter(), time.process_time()
             result = side.call()
-            told = {"seconds": time.perf_counter() - start}
+            told = {"processor": time.process_time() - start_of_processor, "wall": time.perf_counter() - start}
         else:
             np.save(rest, side.export(result))
         print(json.dumps(told), file=answers)
@@ -126,9 +133,9 @@ class Worker:
         with contextlib.suppress(OSError):
             (folder / "clear_refs").write_text("5", encoding="ascii")  # man 5 proc: resets VmHWM to the present VmRSS
         before = _read_memory(folder, "VmRSS")
-        seconds = self._ask("run")["seconds"]
+        told = self._ask("run")
         peak = max(before, _read_memory(folder, "VmHWM"))
-        return Call(seconds, peak - before, peak)
+        return Call(told["processor"], told["wall"], peak - before, peak)
 
     def result(self) -> np.ndarray:
         """Fetch the result of the last run."""
