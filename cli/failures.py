@@ -1,6 +1,5 @@
 """Exit codes: 0 done, 2 the input is at fault, 1 our bug, 130 interrupted, 141 the reader of our output went away."""
 
-import errno
 import os
 import shutil
 import sys
@@ -72,11 +71,7 @@ def _fault_of_input(error: Exception, out: Path | None) -> str | None:
 
 def _is_disk_full(error: Exception, out: Path) -> bool:
     """Tell from the error, or from the disk: torch and safetensors say in words of their own that they could not write."""
-    return (
-        (isinstance(error, OSError) and error.errno == errno.ENOSPC)
-        or "No space left on device" in str(error)
-        or shutil.disk_usage(_existing(out)).free < FULL
-    )
+    return "No space left on device" in str(error) or shutil.disk_usage(_existing(out)).free < FULL
 
 
 def _existing(folder: Path) -> Path:

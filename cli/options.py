@@ -40,20 +40,16 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
-def completed(choices: Sequence[str]) -> Callable[[str], list[str]]:
+def completed(choices: Sequence[str]) -> Callable[[], list[str]]:
     """Make the completion of an option.
 
     Args:
         choices: What to offer.
 
     Returns:
-        What typer's `autocompletion` takes.
+        What typer's `autocompletion` takes; typer leaves out what does not begin as the word does.
     """
-
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
-
-    return complete
+    return lambda: list(choices)
 
 
 def check_folder(folder: Path) -> Path:
