@@ -255,3 +255,23 @@ def test_a_tiny_real_run_is_drawn():
     with pytest.raises(InputError, match=MISSING["cells"]):
         analysis.plot.cells()
     assert report.render_report(analysis)
+
+
+def test_titles_of_unknown_numbers_are_sentences():
+    analysis = constant(torch.nan)
+    titles = [title_of(figures.FIGURES[name](analysis)) for name in ("signal_share", "drift", "cells", "eigenstructure")]
+    assert titles == [
+        f"How much of the squared residual training removed by step {analysis.window.stop_step:,} is unknown",
+        f"How far the kernel moved by step {analysis.window.stop_step:,} is unknown; its alignment with the targets is unknown here",
+        "The sizes of all 4 parts of the test motion are unknown",
+        "How much of the loss that training removed went along 3 of 120 directions is unknown",
+    ]
+
+
+def test_long_names_are_shortened_where_they_are_alike():
+    assert drawing.shortened("the class of things 599", 12) == "the cl…s 599"
+    assert drawing.shortened(7, 12) == "7"
+    assert len(drawing.shortened("x" * 50, 12)) == 12
+    (axis,) = (offer.axis for offer in colourings.colourings(long_names()) if offer.name == "given label")
+    texts = axis["colorbar"]["ticktext"]
+    assert len(set(texts)) == len(texts)

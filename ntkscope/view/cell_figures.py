@@ -52,6 +52,8 @@ def cells(analysis: AnalysisLike) -> go.Figure:
         f"Label noise moves test outputs by {share['signal_noise']} of the predicted motion's size through the signal channel and by "
         f"{share['reservoir_noise']} through the reservoir; clean labels by {share['signal_clean']} and {share['reservoir_clean']}"
     )
+    if not any(math.isfinite(size) for size in found.norms.values()):
+        title = f"The sizes of all {len(found.norms)} parts of the test motion are unknown"
     if found.is_estimate:
         title = f"Estimated, as the noise is not known: {title[0].lower()}{title[1:]}"
         figure.add_annotation(

@@ -9,7 +9,7 @@ from typing import Any
 from plotly.colors import sample_colorscale
 
 from ntkscope.view import palette
-from ntkscope.view.drawing import values
+from ntkscope.view.drawing import shortened, values
 from ntkscope.view.words import AnalysisLike, number
 
 MAX_TICKS = 20
@@ -69,7 +69,7 @@ def _by_label(labels: Sequence[Any]) -> Colouring:
     index = {name: float(k) for k, name in enumerate(names)}
     is_few = len(names) <= len(palette.LABEL_COLOURS)
     scale = palette.discrete_scale(list(palette.LABEL_COLOURS[: len(names)])) if is_few else palette.CONTINUOUS
-    texts = [_short(str(name)) for name in names]
+    texts = [shortened(name, MAX_NAME) for name in names]
     longest = max(map(len, texts)) + 1
     every = math.ceil(len(names) / max(2, min(MAX_TICKS, MAX_TICK_LETTERS // longest)))
     ticks = list(range(0, len(names), every))
@@ -133,8 +133,3 @@ def _bar(title: str, ticks: Sequence[float | int] | None = None, texts: Sequence
         "tickvals": None if ticks is None else list(ticks),
         "ticktext": None if texts is None else list(texts),
     }
-
-
-def _short(name: str) -> str:
-    """Shorten a long name."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

@@ -146,6 +146,23 @@ def median(values: Tensor) -> float:
     return float(finite.median()) if finite.numel() else math.nan
 
 
+def shortened(name: object, letters: int) -> str:
+    """Shorten a name in its middle: long names of classes often begin alike.
+
+    Args:
+        name: Any name.
+        letters: How many fit, at least 3.
+
+    Returns:
+        The name, or its beginning and end; not safe to put into HTML.
+    """
+    text = str(name)
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
+
+
 def hover_facts(analysis: AnalysisLike, i: int) -> list[str]:
     """Collect what a hovering reader is told of an example.
 

@@ -211,9 +211,10 @@ def _eigenstructure_title(analysis: AnalysisLike, row: int) -> str:
     """Say how much of the learning the axes hold, which labels they speak for, and where wrong labels are."""
     history, noise = analysis.history, analysis.examples.is_noise
     shares = _removed_shares(analysis)
-    begin = (
-        f"{percent(sum(shares))} of the loss that training removed went along {len(shares)} of {analysis.channels.num_modes:,} directions"
-    )
+    along = f"of the loss that training removed went along {len(shares)} of {analysis.channels.num_modes:,} directions"
+    if math.isnan(sum(shares)):
+        return f"How much {along} is unknown"
+    begin = f"{percent(sum(shares))} {along}"
     labels = _labels_of_axes(analysis, history.leading[row])
     if labels:
         begin += f", which speak mostly for {'label' if len(labels) == 1 else 'labels'} {', '.join(labels)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkscope._checks import InputError
 from ntkscope.view import palette
-from ntkscope.view.drawing import hover_facts, values
+from ntkscope.view.drawing import hover_facts, shortened, values
 from ntkscope.view.pictures import LARGEST_SIDE, picture_uri
 from ntkscope.view.suspects import found_among, ranked, ranked_by
 from ntkscope.view.suspects import title as title_of
@@ -181,8 +181,7 @@ def _card_words(analysis: AnalysisLike, i: int) -> str:
 
 def _short(name: object) -> str:
     """Shorten a name to what fits under a picture; safe to put into HTML."""
-    text = str(name)
-    return html.escape(text if len(text) <= MAX_LETTERS else f"{text[: MAX_LETTERS - 1]}…")
+    return html.escape(shortened(name, MAX_LETTERS))
 
 
 def _enlarged(picture: Tensor) -> Tensor:

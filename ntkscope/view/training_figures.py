@@ -108,13 +108,17 @@ def signal_share(analysis: AnalysisLike) -> go.Figure:
             yanchor="bottom" if held < 0.9 else "top",
             showarrow=False,
         )
-    title = f"By step {analysis.window.stop_step:,} training removed {percent(float(gone[stop_row(analysis)]))} of the squared residual"
-    if not math.isnan(held):
+    share = float(gone[stop_row(analysis)])
+    step = f"{analysis.window.stop_step:,}"
+    title = f"By step {step} training removed {percent(share)} of the squared residual"
+    if math.isnan(share):
+        title = f"How much of the squared residual training removed by step {step} is unknown"
+    elif not math.isnan(held):
         removed = spectrum.eigvals * energy
         parts = [
-            f"{percent(_part(removed[chosen].sum(), energy[chosen].sum()))} of the {percent(share)} in the {name}"
-            for name, chosen, share in (("signal channel", is_signal, held), ("reservoir", ~is_signal, 1 - held))
-            if share > 0
+            f"{percent(_part(removed[chosen].sum(), energy[chosen].sum()))} of the {percent(part)} in the {name}"
+            for name, chosen, part in (("signal channel", is_signal, held), ("reservoir", ~is_signal, 1 - held))
+            if part > 0
         ]
         title += f": {' and '.join(parts)}"
     _finish(figure, analysis, steps, title, height=440)
@@ -148,7 +152,10 @@ def drift(analysis: AnalysisLike) -> go.Figure:
     look = {"dash": "dashdot", "symbol": "triangle-up-open"}
     figure.add_trace(_line(steps, values(found.alignment_targets), "alignment with the targets", palette.ORANGE, look), row=3, col=1)
     row = stop_row(analysis)
-    title = f"By step {analysis.window.stop_step:,} the kernel moved by {percent(float(found.relative[row]))} of its size"
+    moved = float(found.relative[row])
+    title = f"By step {analysis.window.stop_step:,} the kernel moved by {percent(moved)} of its size"
+    if math.isnan(moved):
+        title = f"How far the kernel moved by step {analysis.window.stop_step:,} is unknown"
     before, after = float(found.alignment_targets[0]), float(found.alignment_targets[row])
     if not (math.isfinite(before) and math.isfinite(after)):
         title += "; its alignment with the targets is unknown here"
