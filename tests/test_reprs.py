@@ -21,7 +21,7 @@ from ntkscope.spectrum.examples import Examples
 from ntkscope.view import brief, findings, meanings, notebook, sentences, sparkline
 from ntkscope.view.pictures import picture_uri
 
-HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m{{ 7*7 }} \" ' http://example.org"
+HOSTILE = '" onload=alert(0) x="</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m{{ 7*7 }} " \' http://example.org'
 LARGEST = 100_000  # characters
 VOID = {"br", "img"}
 # Public classes that are no results: options, accumulators, errors.
@@ -167,6 +167,11 @@ def test_every_field_has_a_meaning(kind):
     assert all(len(meaning) > 1 for meaning in found.values())
 
 
+def test_a_meaning_goes_on_over_lines():
+    assert meanings.meanings_of(ntkscope.Closure)["causes"].endswith("because a run that converged closes with any scale.")
+    assert meanings.meanings_of(ntkscope.GatedAdamW, "Args")["lr"].startswith("Learning rate")
+
+
 def test_tables_by_class_name_are_of_classes_that_exist():
     names = {kind.__name__ for kind in shown_kinds()}
     for table in (sentences.SENTENCES, notebook.DESCRIBED, brief.LEADING):
@@ -212,6 +217,7 @@ def test_hostile_text_is_escaped_where_keys_matter(results):
     object.__setattr__(examples, "ids", [HOSTILE] * 8)
     object.__setattr__(examples, "labels", [HOSTILE] * 8)
     object.__setattr__(examples, "abstains", HOSTILE)
+    object.__setattr__(examples, "pictures", torch.zeros(8, 8, 8, 3, dtype=torch.uint8))
     check_html(examples._repr_html_())
     audit = results["GateAudit"]
     bad = copy.copy(audit)

@@ -20,7 +20,7 @@ def picture_uri(pixels: Tensor) -> str:
     """
     factor = math.ceil(max(pixels.shape[:2]) / LARGEST_SIDE)
     if factor > 1:
-        small = torch.nn.functional.avg_pool2d(pixels.permute(2, 0, 1).float(), factor, ceil_mode=True, count_include_pad=False)
+        small = torch.nn.functional.avg_pool2d(pixels.permute(2, 0, 1).float(), factor, ceil_mode=True)
         pixels = small.round().to(torch.uint8).permute(1, 2, 0)
     shown = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
     drawn = px.imshow(shown.contiguous().numpy(), binary_string=True, binary_backend="pypng", binary_compression_level=6, zmin=0, zmax=255)
