@@ -1,60 +1,74 @@
-"""Checkpoint files, read without running any of their code."""
+"""Checkpoints of every common kind, read without running any of their code."""
 
-import pickle
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ntkscope._checks import InputError, UnsupportedError
 from ntkscope.record.facts import SCHEMA
+from ntkscope.record.formats.distributed import read_distributed
+from ntkscope.record.formats.exported import read_exported
+from ntkscope.record.formats.folder import read_folder
+from ntkscope.record.formats.guards import Trust
+from ntkscope.record.formats.kinds import kind_of
+from ntkscope.record.formats.safetensor_files import read_index, read_safetensors
+from ntkscope.record.formats.script import read_script
+from ntkscope.record.formats.torch_file import read_torch_legacy, read_torch_zip
+from ntkscope.record.optimizer_state import find_optimizers, stored_number
+from ntkscope.record.weights import unwrap
 
-WRAPPERS = ("module.", "_orig_mod.")
-STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net")
-OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "opt")
-STEP_KEYS = ("step", "global_step", "steps", "iteration")
+STEP_KEYS = ("step", "global_step", "steps", "iteration", "iter", "num_steps", "current_step")
+TRAINERS = ("trainer_state", "trainer", "progress", "meta")  # where trainers keep their step
 SEARCH_DEPTH = 3
+MAX_TEXT = 60  # characters of a value
+MAX_ROWS = 10_000
 
 
-def load_checkpoint(path: Path) -> Any:
-    """Read a checkpoint file with `weights_only=True`, onto the CPU.
+def load_checkpoint(path: str | Path, *, allow_globals: Sequence[str] = (), unsafe: bool = False) -> Any:
+    """Read a checkpoint onto the CPU; its kind is told by its content (see `kind_of`).
+
+    Files of torch.save (also of Lightning) and older ones, safetensors with or without shards, folders of Hugging Face and of
+    torch.distributed.checkpoint, and the tensors of TorchScript and torch.export archives. Tensors are mapped into memory where the
+    format allows it: they cost memory when they are read.
 
     Args:
-        path: A `.pt` file of torch.save, or a `.safetensors` file.
+        path: The file or folder.
+        allow_globals: Full names of classes and functions that the file may use, beyond tensors and plain containers.
+        unsafe: Let the file run any code; it warns. Only for files whose origin you trust.
 
     Returns:
-        Plain containers and tensors.
+        Plain containers and tensors, and what was allowed.
 
     Raises:
-        InputError: If there is no such file, or it is truncated or of another kind.
-        UnsupportedError: If it needs more than plain containers and tensors; the message names what.
+        InputError: If there is no such file, it is damaged, or it is no checkpoint.
+        UnsupportedError: If it needs more than plain containers and tensors (the message names all of it), if it claims more than its
+            size warrants, or if it is of a kind that is not read.
     """
-    if not path.exists():
-        raise InputError(f"No such file: {path}. Give a checkpoint file or a trace folder.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty. Was the run stopped while it was saving? Use an earlier file.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} is truncated or no safetensors file: {error}.") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        wanted = _refused_globals(str(error))
-        if wanted:
-            raise UnsupportedError(
-                f"{path} holds more than tensors and plain containers; it asks for {', '.join(wanted)}. Loading that could run code of "
-                "the file, so it is refused. Save model.state_dict() (not the model) and recorder.state_dict() instead."
-            ) from error
-        raise InputError(f"{path} is no checkpoint that torch.load reads: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        raise InputError(f"{path} is truncated or no checkpoint: {_first_line(error)}") from error
+    path, trust = Path(path), Trust(tuple(allow_globals), unsafe)
+    kind = kind_of(path).key
+    if kind == "folder":
+        return read_folder(path, lambda file: _read_file(file, trust))
+    if kind == "distributed":
+        return read_distributed(path, trust)
+    return _read_file(path, trust)
+
+
+def _read_file(path: Path, trust: Trust) -> Any:
+    """Read one file, or an index and its shards."""
+    kind = kind_of(path).key
+    if kind == "index":
+        return read_index(path, lambda shard: _read_file(shard, trust) if kind_of(shard).key != "index" else None)
+    if kind == "torch":
+        return read_torch_zip(path, trust)
+    if kind == "legacy":
+        return read_torch_legacy(path, trust)
+    if kind == "script":
+        return read_script(path)
+    if kind == "exported":
+        return read_exported(path, trust)
+    return read_safetensors(path)
 
 
 def find_recorder_state(content: Any, depth: int = SEARCH_DEPTH) -> Mapping[str, Any] | None:
@@ -67,46 +81,36 @@ def find_recorder_state(content: Any, depth: int = SEARCH_DEPTH) -> Mapping[str,
     Returns:
         The state, or None.
     """
-    if not isinstance(content, Mapping):
+    return _find_recorder_state(content, depth, set())
+
+
+def _find_recorder_state(content: Any, depth: int, seen: set[int]) -> Mapping[str, Any] | None:
+    """Look at a part once: content may hold itself."""
+    if not isinstance(content, Mapping) or id(content) in seen:
         return None
+    seen.add(id(content))
     schema = content.get("schema")
     if isinstance(schema, str) and schema.startswith(SCHEMA.partition("/")[0]):
         return content
-    if depth:
-        for value in content.values():
-            found = find_recorder_state(value, depth - 1)
-            if found is not None:
-                return found
-    return None
+    parts = (_find_recorder_state(value, depth - 1, seen) for value in content.values()) if depth else ()
+    return next((part for part in parts if part is not None), None)
 
 
-def find_weights(content: Any, path: Path) -> dict[str, Tensor]:
+def find_weights(content: Any, path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
     """Find the model's state_dict inside a checkpoint, and take off wrappers' prefixes.
 
     Args:
         content: From `load_checkpoint`.
         path: The file, for messages.
+        key: Where it lies, if there are several; keys are joined by dots.
 
     Returns:
-        Tensors by parameter or buffer name.
+        Tensors by parameter or buffer name. See `unwrap` for what was done to find them.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or it is not clear which.
     """
-    weights = content
-    for key in STATE_KEYS:
-        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
-            weights = weights[key]
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(
-            f"{path} holds no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}. "
-            f"Run `ntkscope inspect {path}` to see what it holds."
-        )
-    named = dict(weights)
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in named):
-            named = {name.removeprefix(prefix): value for name, value in named.items()}
-    return named
+    return unwrap(content, path, key=key).weights
 
 
 def stored_step(content: Any) -> int | None:
@@ -116,17 +120,23 @@ def stored_step(content: Any) -> int | None:
         content: From `load_checkpoint`.
 
     Returns:
-        The step, from a key of that name or from the optimizer's state; None if it is nowhere.
+        The step, from a key of that name, a trainer's state or the optimizer's; None if it is nowhere.
     """
     if not isinstance(content, Mapping):
         return None
-    for key in STEP_KEYS:
-        value = content.get(key)
-        if isinstance(value, int) or (isinstance(value, Tensor) and value.numel() == 1):
-            return int(value)
-    for group in _optimizer_states(content):
-        if "step" in group:
-            return int(group["step"])
+    for place in (content, *(content.get(name) for name in TRAINERS)):
+        if not isinstance(place, Mapping):
+            continue
+        for key in STEP_KEYS:
+            step = stored_number(place.get(key))
+            if step is not None:
+                return int(step)
+    for _, state in find_optimizers(content):
+        steps = [stored_number(part.get("step")) for part in state["state"].values() if isinstance(part, Mapping)]
+        steps += [stored_number(group.get("step")) for group in state["param_groups"]]
+        known = [step for step in steps if step is not None]
+        if known:
+            return int(max(known))
     return None
 
 
@@ -137,14 +147,13 @@ def stored_learning_rate(content: Any) -> float | None:
         content: From `load_checkpoint`.
 
     Returns:
-        The largest over groups; None if there is no optimizer state.
+        The largest over groups of the first optimizer; None if there is no optimizer state.
     """
-    if not isinstance(content, Mapping):
-        return None
-    for key in OPTIMIZER_KEYS:
-        state = content.get(key)
-        if isinstance(state, Mapping) and "param_groups" in state:
-            return max(float(group["lr"]) for group in state["param_groups"])
+    for _, state in find_optimizers(content):
+        rates = [stored_number(group.get("lr")) for group in state["param_groups"]]
+        known = [rate for rate in rates if rate is not None]
+        if known:
+            return max(known)
     return None
 
 
@@ -159,17 +168,26 @@ def describe_content(content: Any, *, skip: Any = None, depth: int = SEARCH_DEPT
     Returns:
         Rows of key and description.
     """
-    return list(_describe(content, "", skip, depth))
+    rows: list[tuple[str, str]] = []
+    for row in _describe(content, "", skip, depth, set()):
+        if len(rows) == MAX_ROWS:
+            return [*rows, ("...", "more entries are not shown")]
+        rows.append(row)
+    return rows
 
 
-def _describe(value: Any, key: str, skip: Any, depth: int) -> Iterator[tuple[str, str]]:
+def _describe(value: Any, key: str, skip: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, str]]:
     """Describe one value, and what is inside it."""
     if value is skip and value is not None:
         yield key, "record of a run, see below"
     elif isinstance(value, Tensor):
         size = value.numel() * value.element_size()
-        yield key, f"tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}, {size / 2**20:.2f} MiB"
+        layout = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+        yield key, f"tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{layout}, {size / 2**20:.2f} MiB"
+    elif isinstance(value, Mapping) and id(value) in seen:
+        yield key, "the same dict as above"
     elif isinstance(value, Mapping):
+        seen.add(id(value))
         tensors = [part for part in value.values() if isinstance(part, Tensor)]
         if key:
             numel = sum(part.numel() for part in tensors)
@@ -177,33 +195,18 @@ def _describe(value: Any, key: str, skip: Any, depth: int) -> Iterator[tuple[str
             yield key, f"dict of {len(value)} entries{inside}"
         if depth:
             for name, part in value.items():
-                yield from _describe(part, f"{key}.{name}" if key else str(name), skip, depth - 1)
+                yield from _describe(part, f"{key}.{_short(name)}" if key else _short(name), skip, depth - 1, seen)
     elif isinstance(value, list | tuple):
         yield key, f"{type(value).__name__} of {len(value)}"
+    elif isinstance(value, str | bytes | bool | int | float | complex | None):
+        text = repr(value[:MAX_TEXT] if isinstance(value, str | bytes) else value)
+        yield key, f"{type(value).__name__} {text if len(text) < MAX_TEXT else text[: MAX_TEXT - 3] + '...'}"
     else:
-        text = repr(value)
-        yield key, f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"
+        yield key, f"object of {type(value).__module__}.{type(value).__qualname__}"
 
 
-def _optimizer_states(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Iterate over the per-parameter states of an optimizer in a checkpoint."""
-    for key in OPTIMIZER_KEYS:
-        state = content.get(key)
-        if isinstance(state, Mapping) and isinstance(state.get("state"), Mapping):
-            yield from (part for part in state["state"].values() if isinstance(part, Mapping))
-
-
-def _is_zip(path: Path) -> bool:
-    """Recognize torch's zip format, which can be mapped into memory."""
-    with path.open("rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
-
-
-def _refused_globals(message: str) -> list[str]:
-    """Read the names that weights_only loading refused from torch's message."""
-    return sorted(set(re.findall(r"GLOBAL ([\w.]+)", message)))
-
-
-def _first_line(error: Exception) -> str:
-    """Shorten an error of torch to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _short(name: Any) -> str:
+    """Write a key."""
+    text = repr(name) if isinstance(name, int | float | None) else name if isinstance(name, str) else type(name).__name__
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 2 * MAX_TEXT else f"{text[: 2 * MAX_TEXT]}..."

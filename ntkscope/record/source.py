@@ -8,11 +8,13 @@ from ntkscope.record.checkpoint import find_recorder_state, load_checkpoint
 from ntkscope.record.trace import Trace, load_trace, trace_from_state
 
 
-def find_trace(source: str | Path | Sequence[str | Path]) -> Trace | None:
+def find_trace(source: str | Path | Sequence[str | Path], *, allow_globals: Sequence[str] = (), unsafe: bool = False) -> Trace | None:
     """Open a source if it was recorded.
 
     Args:
         source: One path or several.
+        allow_globals: What a checkpoint may use beyond tensors and plain containers, see `load_checkpoint`.
+        unsafe: Let a checkpoint run any code.
 
     Returns:
         The trace; None for several paths, and for a checkpoint without a recorder's state.
@@ -20,17 +22,31 @@ def find_trace(source: str | Path | Sequence[str | Path]) -> Trace | None:
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
     if len(paths) != 1:
         return None
-    if paths[0].is_dir():
+    if is_trace(paths[0]):
         return load_trace(paths[0])
-    state = find_recorder_state(load_checkpoint(paths[0]))
+    state = find_recorder_state(load_checkpoint(paths[0], allow_globals=allow_globals, unsafe=unsafe))
     return None if state is None else trace_from_state(state, str(paths[0]))
 
 
-def open_source(source: str | Path | Sequence[str | Path]) -> Trace:
+def is_trace(path: Path) -> bool:
+    """Say whether a path is a trace folder; other folders are checkpoints, or nothing that is read.
+
+    Args:
+        path: Any.
+
+    Returns:
+        Whether a recorder wrote it.
+    """
+    return path.is_dir() and (path / "manifest.json").is_file()
+
+
+def open_source(source: str | Path | Sequence[str | Path], *, allow_globals: Sequence[str] = (), unsafe: bool = False) -> Trace:
     """Open a trace folder, or a checkpoint that holds a recorder's state.
 
     Args:
         source: One path.
+        allow_globals: What a checkpoint may use beyond tensors and plain containers, see `load_checkpoint`.
+        unsafe: Let a checkpoint run any code.
 
     Returns:
         The trace.
@@ -44,7 +60,7 @@ def open_source(source: str | Path | Sequence[str | Path]) -> Trace:
             f"Got {len(paths)} paths. One recorded checkpoint or trace is analyzed at a time; several bare checkpoints of one run "
             "need --model, --data and --loss."
         )
-    trace = find_trace(paths)
+    trace = find_trace(paths, allow_globals=allow_globals, unsafe=unsafe)
     if trace is None:
         raise InputError(
             f"{paths[0]} holds no recorder's state: a bare checkpoint does not say how training went. Either save "
