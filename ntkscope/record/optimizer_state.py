@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from ntkscope._checks import InputError, UnsupportedError, check_finite, check_number
+from ntkscope._checks import InputError, UnsupportedError, check_finite
 from ntkscope._display import Displayed
 from ntkscope.gate.optimizer import GatedAdamW
-from ntkscope.gate.options import LATER_OPTIONS, check_options
-from ntkscope.record.matching import Match, Shape, match_parameters
+from ntkscope.record.matching import Match, match_parameters
+from ntkscope.record.optimizer_kinds import AGAIN, check_group, recognize, shape_of
 from ntkscope.record.optimizers import Clock, check_supported, mechanics, momentum_lag, stability_edge
 
 SEARCH_DEPTH = 4
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "momentum_buffer")
-GIVE = "Record the run with Recorder.attach(optimizer, precond=...) instead, or go on with M = identity."
-AGAIN = "Save optimizer.state_dict() again, or use an earlier file."
 
 
 @dataclass(frozen=True)
@@ -152,10 +149,10 @@ def _read(state: dict[str, Any], parameters: Mapping[str, Tensor], source: str, 
     """Read one optimizer."""
     place = f"{source}, the optimizer's state" + (f" under `{key}`" if key else "")
     groups, entries = state["param_groups"], _entries(state)
-    kind = _kind(groups[0], entries, place)
+    kind = recognize(groups[0], entries, place)
     for group in groups:
-        _check_group(group, kind, place)
-    match = match_parameters(groups, [_shape(entry, place) for entry in entries], parameters, place)
+        check_group(group, kind, place)
+    match = match_parameters(groups, [shape_of(entry, place) for entry in entries], parameters, place)
     held = {name: nn.Parameter(parameters[name].detach().cpu(), requires_grad=False) for names in match.names for name in names}
     optimizer = _remade(kind, groups, entries, match, held, place)
     check_supported(optimizer, None)
@@ -194,63 +191,6 @@ def _entries(state: dict[str, Any]) -> list[dict[str, Any]]:
             entry = next((state["state"][key] for key in keys if key in state["state"]), None)
             found.append(dict(entry) if isinstance(entry, Mapping) else {})
     return found
-
-
-def _kind(group: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], place: str) -> str:
-    """Recognize an optimizer by what it saves."""
-    saved = {str(name) for entry in entries for name in entry}
-    if {"betas", "rho", "gate", "alpha"} <= group.keys():
-        kind, needed = "gate", {"step", "exp_avg", "exp_avg_sq", "grad_var"}
-    elif {"betas", "eps", "amsgrad"} <= group.keys() and not saved - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
-        kind, needed = "adam", {"step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])}
-    elif {"momentum", "dampening", "nesterov"} <= group.keys() and not saved - {"momentum_buffer"}:
-        kind, needed = "sgd", set()
-    else:
-        options = ", ".join(sorted(str(name) for name in group if name != "params"))
-        raise UnsupportedError(
-            f"{place} is not of SGD, Adam, AdamW or GatedAdamW: its groups have {options[:200]}, its entries "
-            f"{', '.join(sorted(saved))[:200] or 'nothing'}. Its M is unknown. {GIVE}"
-        )
-    for entry in entries:
-        if entry and needed - entry.keys():
-            raise InputError(f"{place} is damaged: an entry lacks {', '.join(sorted(needed - entry.keys()))}. {AGAIN}")
-    return kind
-
-
-def _check_group(group: Mapping[str, Any], kind: str, place: str) -> None:
-    """Check the options of a group."""
-    try:
-        options = {**LATER_OPTIONS, **group}
-        if kind == "gate":
-            check_options(options)
-            return
-        limits = {"lr": math.inf, "weight_decay": math.inf, **({"eps": math.inf} if kind == "adam" else {"momentum": 1.0})}
-        for name, high in limits.items():
-            check_number(name, float(group[name]), low=0.0, high=high, open_high=high == 1.0)
-        for beta in group["betas"] if kind == "adam" else ():
-            check_number("betas", float(beta), low=0.0, high=1.0, open_high=True)
-        if kind == "adam" and len(group["betas"]) != 2:
-            raise InputError("`betas` must be two numbers.")
-        if kind == "sgd":
-            check_number("dampening", float(group["dampening"]), low=0.0, high=1.0)
-    except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{place} is damaged: its groups have options that make no sense ({error}). {AGAIN}") from error
-
-
-def _shape(entry: Mapping[str, Any], place: str) -> Shape:
-    """Read the shape that the moments of an entry share."""
-    shapes = set()
-    for name in MOMENTS:
-        value = entry.get(name)
-        if value is None:
-            continue
-        is_plain = isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-        if not is_plain:
-            raise InputError(f"{place} is damaged: {name} is no dense tensor of real numbers. {AGAIN}")
-        shapes.add(tuple(value.shape))
-    if len(shapes) > 1:
-        raise InputError(f"{place} is damaged: the moments of an entry have the shapes {sorted(shapes)}. {AGAIN}")
-    return shapes.pop() if shapes else None
 
 
 def _remade(
