@@ -30,6 +30,7 @@ LEADING = {
     "Spectrum": ("eigvals", "effective_rank", "stable_rank"),
     "Dissipation": ("elapsed", "energy", "sharpness", "gramian"),
     "NTKOperator": ("shape", "outputs", "num_examples", "num_classes", "jvp_route"),
+    "Recorder": ("num_snapshots", "num_steps", "is_attached", "outputs", "has_audit"),
     "Trace": ("source", "steps", "facts.num_examples", "facts.num_classes", "facts.loss", "facts.optimizer"),
     "History": ("steps", "loss", "gradient_error", "eigvals"),
 }  # fmt: skip
