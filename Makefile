@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/ntkscope demo --out ntkscope-demo
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone" -n $$(nproc) --dist loadfile
+# The notebooks run in the docs.
+test: lint docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone and not notebooks" -n $$(nproc) --dist loadfile
 	$(BIN)/python -m pytest -q -m alone
 
 lint: .venv/ready
