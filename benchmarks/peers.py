@@ -1,6 +1,6 @@
 """`make peers`: ntkscope beside neural-tangents, nngeometry, curvlinops, Cockpit and WeightWatcher, measured on this machine.
 
-python -m benchmarks.peers                       # all of it, about half an hour on a quiet machine
+python -m benchmarks.peers                       # all of it, about a quarter of an hour on a quiet machine
 python -m benchmarks.peers kernels products      # parts of it: kernels, products, cockpit, weightwatcher
 python -m benchmarks.peers --threads 2 kernels
 

@@ -19,8 +19,8 @@ IMPLEMENTATIONS = ("STRUCTURED_DERIVATIVES", "NTK_VECTOR_PRODUCTS", "JACOBIAN_CO
 CASES = (("mlp", "full", 64), ("mlp", "full", 128), ("cnn", "full", 64), ("mlp", "trace", 128), ("cnn", "trace", 64))
 HEADER = ("side", "processor [s]", "wall [s]", "times ours", "growth [MiB]", "peak [MiB]", "compile [s]", "difference")
 WIDTHS = (38, 24, 9, 11, 13, 11, 12, 11)
-ROUNDS = 7
-SLOW = 20.0  # seconds
+ROUNDS = 5
+SLOW = 3.0  # seconds of processor time
 MIB = 2**20
 
 
