@@ -160,22 +160,19 @@ def test_the_record_lies_in_every_checkpoint_folder_and_is_resumed(tmp_path):
         run(tmp_path, callback_of(Texts(), resume_from=tmp_path / "nowhere.pt"), resume=str(folder), model=model_of(1))
 
 
-@pytest.mark.parametrize("stopped", ["steps", "epoch", "not"])
-def test_the_best_model_that_is_restored_is_not_recorded(tmp_path, stopped):
+@pytest.mark.parametrize(
+    ("stopped", "every", "last"),
+    [("at the end", {"eval_strategy": "steps", "eval_steps": 3}, 8), ("in an epoch", {"eval_strategy": "steps", "eval_steps": 2}, 4),
+     ("after an epoch", {"eval_strategy": "epoch"}, 6)],
+)  # fmt: skip
+def test_the_best_model_that_is_restored_is_not_recorded(tmp_path, stopped, every, last):
     """load_best_model_at_end writes other weights before on_train_end."""
-    every = {"eval_steps": 2, "save_steps": 2} if stopped != "epoch" else {}
-    strategy = "epoch" if stopped == "epoch" else "steps"
-    others = [] if stopped == "not" else [EarlyStoppingCallback(early_stopping_patience=1)]
-    callback = callback_of(Texts())
-    trainer = run(
-        tmp_path, callback, others=others, load_best_model_at_end=True, eval_strategy=strategy, save_strategy=strategy,
-        metric_for_best_model="eval_loss", greater_is_better=True, **every,
-    )  # fmt: skip
-    last = trainer.state.global_step
-    assert last == (8 if stopped == "not" else 6 if stopped == "epoch" else 4)
-    assert callback.recorder.trace.steps[-1] == last
-    best = min(callback.recorder.trace.steps[1:], key=lambda step: abs(step - int(trainer.state.best_model_checkpoint.rpartition("-")[2])))
-    assert best < last
+    others = [] if stopped == "at the end" else [EarlyStoppingCallback(early_stopping_patience=1)]
+    callback = callback_of(Texts(), schedule=5)
+    options = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first is best
+    trainer = run(tmp_path, callback, others=others, load_best_model_at_end=True, **options, **every)
+    assert trainer.state.global_step == callback.recorder.trace.steps[-1] == last
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] != [f"checkpoint-{last}"]
     inputs, _ = split_labels(default_data_collator([Texts()[index] for index in range(NUM_EXAMPLES)]))
     with torch.no_grad():
         restored = logits_of(trainer.model.eval(), inputs)

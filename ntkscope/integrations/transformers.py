@@ -135,38 +135,18 @@ class NTKScopeCallback(TrainerCallback):
         if self._loggers and not self.recorder.is_helper:
             log_recording(self.recorder, *self._loggers, offset=state.global_step - self.recorder.num_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Detach after the last step.
-
-        Args:
-            args: The Trainer's.
-            state: The Trainer's.
-            control: Says whether it was the last.
-            kwargs: Not used.
-        """
-        self._end_if(control.should_training_stop)
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Detach where training was stopped early: `load_best_model_at_end` restores other weights before `on_train_end`.
-
-        Args:
-            args: The Trainer's.
-            state: The Trainer's.
-            control: Says whether training was stopped.
-            kwargs: Not used.
-        """
-        self._end_if(control.should_training_stop)
-
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Detach where training was stopped by an evaluation at the end of an epoch: the Trainer logs once more before it restores weights.
+        """Detach once training is to stop: `load_best_model_at_end` restores other weights, in some versions early, before `on_train_end`.
 
         Args:
             args: The Trainer's.
             state: The Trainer's.
-            control: Says whether training was stopped.
+            control: Says whether training is to stop.
             kwargs: Not used.
         """
         self._end_if(control.should_training_stop)
+
+    on_step_end = on_epoch_end = on_log
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Detach.
