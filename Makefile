@@ -35,6 +35,7 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.diffusion
 	$(BIN)/python -m benchmarks.uncertainty
 	$(BIN)/python -m benchmarks.report_speed
+	$(BIN)/python -m benchmarks.integrations
 	$(BIN)/python -m benchmarks.gate_step
 	$(BIN)/python -m benchmarks.live_audit
 	$(BIN)/python -m benchmarks.audit_time
