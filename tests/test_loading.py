@@ -44,6 +44,7 @@ from ntkscope.record.checkpoint import (
 )
 from ntkscope.record.formats.guards import is_tame
 from ntkscope.record.formats.kinds import KINDS, kind_of
+from ntkscope.record.prefixes import best_prefix
 from ntkscope.record.source import find_trace, open_source
 from ntkscope.record.weights import unwrap
 
@@ -311,6 +312,18 @@ def test_of_model_and_average_the_model_is_chosen_and_the_other_named():
     same(unwrap(content, "x.pt", key="ema").weights, content["ema"])
 
 
+def test_an_average_is_taken_only_if_there_is_nothing_else():
+    content = {"ema": renamed(""), "encoder": renamed("")}
+    assert unwrap(content, "x.pt").key == "encoder"
+    assert unwrap({"swa_model": renamed(""), "epoch": 3}, "x.pt").key == "swa_model"
+
+
+def test_of_equally_good_prefixes_the_shortest_is_taken_off():
+    assert best_prefix(["a.w", "x.a.w", "x.y.a.w"], {"a.w"}) == ("", 1)
+    assert best_prefix(["x.a.w", "x.a.b", "y.a.w"], {"a.w", "a.b"}) == ("x.", 2)
+    assert best_prefix(["x"], {"y"}) == ("", 0)
+
+
 def test_an_average_inside_the_same_state_dict_is_left_out():
     content = {"state_dict": renamed("ema.") | renamed("model.") | {"loss.weight": torch.ones(2)}}
     found = unwrap(content, "x.ckpt", model=small_model())
@@ -406,6 +419,18 @@ def test_content_that_holds_itself_or_odd_names_is_described():
     assert rows["deep.again"] == "the same dict as above"
     assert find_recorder_state(content) is None
     assert len(describe_content({str(n): n for n in range(20_000)})) == 10_001
+
+
+def test_content_that_holds_itself_many_times_takes_no_time():
+    content = {}
+    content |= {str(n): content for n in range(500)}
+    start = time.perf_counter()
+    assert find_recorder_state(content) is None
+    assert stored_learning_rate(content) is None
+    assert len(describe_content(content)) == 500
+    with pytest.raises(InputError, match=r"holds no state_dict"):
+        unwrap(content, "x.pt")
+    assert time.perf_counter() - start < 5
 
 
 def test_folders_are_traces_or_checkpoints(tmp_path, made):
@@ -677,13 +702,16 @@ def test_tame_names(name, tame):
 # --- time and memory --------------------------------------------------------------------------------------------------------------
 
 INSPECT = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 from ntkscope.record.checkpoint import describe_content, find_recorder_state, find_weights, load_checkpoint
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+def peak():  # not ru_maxrss, which a process inherits from the one that starts it
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+before, start = peak(), time.perf_counter()
 content = load_checkpoint(sys.argv[1])
 rows, state, weights = describe_content(content), find_recorder_state(content), find_weights(content, sys.argv[1])
 assert len(weights) == 4, len(weights)
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(time.perf_counter() - start, (peak() - before) / 1024)
 """
 
 

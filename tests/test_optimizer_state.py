@@ -110,10 +110,10 @@ def test_momentum_of_sgd_is_the_lag_and_m_is_one():
     assert found.kind == "sgd"
 
 
-def layered(momentum):
+def layered(momentum, **first):
     """Two groups in the model's order, with other learning rates."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    groups = [{"params": [*model[0].parameters()], "lr": 0.4}, {"params": [*model[1].parameters()]}]
+    groups = [{"params": [*model[0].parameters()], "lr": 0.4, **first}, {"params": [*model[1].parameters()]}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
     model(torch.ones(2, 3)).square().sum().backward()
     optimizer.step()
@@ -125,6 +125,14 @@ def test_groups_are_scaled_by_the_largest_learning_rate():
     found = read_optimizer(optimizer.state_dict(), dict(model.named_parameters()), "x.pt")
     assert found.precond == {"0.weight": 1.0, "0.bias": 1.0, "1.weight": 0.25, "1.bias": 0.25}
     assert (found.learning_rate, found.learning_rates) == (0.4, (0.4, 0.1))
+
+
+def test_momentum_makes_a_group_faster():
+    model, optimizer = layered(momentum=0.9, lr=0.1)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    found = read_optimizer(optimizer.state_dict(), dict(model.named_parameters()), "x.pt")
+    # After many steps a constant gradient moves each by lr / (1 - momentum).
+    assert found.precond == pytest.approx({"0.weight": 0.2, "0.bias": 0.2, "1.weight": 1.0, "1.bias": 1.0})
 
 
 def test_groups_without_any_shape_are_not_guessed():
@@ -264,6 +272,14 @@ def changed(path, value):
     return state
 
 
+def foreign_sgd():
+    """An SGD that scales its steps by layer."""
+    _, optimizer = trained(OPTIMIZERS["momentum"])
+    state = optimizer.state_dict()
+    state["state"][0]["trust_ratio"] = torch.ones(())
+    return state
+
+
 GROUP, ENTRY = ("param_groups", 0), ("state", 0)
 BAD = {
     "none": (lambda: {"model": {}}, "holds no state of an optimizer. Save optimizer.state_dict()"),
@@ -276,6 +292,10 @@ BAD = {
     "unknown name": (lambda: changed((*GROUP, "param_names"), [*"abcde", "nowhere"]), "holds 'a', which the model lacks"),
     "missing moment": (lambda: changed((*ENTRY, "exp_avg_sq"), None), "an entry lacks exp_avg_sq. Save optimizer.state_dict"),
     "integers": (lambda: changed((*ENTRY, "exp_avg"), torch.ones(4, 3, dtype=torch.int)), "exp_avg is no dense tensor of real"),
+    "eight bits": (
+        lambda: changed((*ENTRY, "exp_avg"), torch.ones(4, 3).to(torch.float8_e4m3fn)),
+        "exp_avg is no dense tensor of real numbers in 16 bits or more. Save",
+    ),
     "sparse": (lambda: changed((*ENTRY, "exp_avg"), torch.ones(4, 3).to_sparse()), "exp_avg is no dense tensor of real"),
     "step 0": (lambda: changed((*ENTRY, "step"), torch.tensor(0.0)), "an entry is at step 0"),
     "step text": (lambda: changed((*ENTRY, "step"), "many"), "an entry is at step None"),
@@ -284,6 +304,8 @@ BAD = {
     "one beta": (lambda: changed((*GROUP, "betas"), (0.9,)), "options that make no sense .*two numbers"),
     "lr": (lambda: changed((*GROUP, "lr"), "fast"), "options that make no sense"),
     "maximize": (lambda: changed((*GROUP, "maximize"), True), "The optimizer maximizes.* Minimize the negated"),
+    "foreign adam": (lambda: changed((*ENTRY, "qmap"), torch.ones(2)), "is not of SGD, Adam.*qmap.* Its M is unknown. Record the run"),
+    "foreign sgd": (foreign_sgd, "is not of SGD, Adam.*trust_ratio.* Its M is unknown"),
     "radam": (lambda: trained(lambda m: torch.optim.RAdam(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*precond="),
     "nadam": (lambda: trained(lambda m: torch.optim.NAdam(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*mu_product"),
     "adamax": (lambda: trained(lambda m: torch.optim.Adamax(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*exp_inf"),
@@ -297,6 +319,13 @@ def test_bad_states_are_explained(name):
     make, message = BAD[name]
     with pytest.raises((InputError, UnsupportedError), match=message):
         read_optimizer(make(), dict(small_model().named_parameters()), "x.pt")
+
+
+def test_parameters_that_torch_only_stores_are_refused():
+    model, optimizer = trained(OPTIMIZERS["sgd"])
+    parameters = {name: value.detach().to(torch.float8_e5m2) for name, value in model.named_parameters()}
+    with pytest.raises(UnsupportedError, match=r"holds '0\.weight', which is torch\.float8_e5m2\. Load the model in float32"):
+        read_optimizer(optimizer.state_dict(), parameters, "x.pt")
 
 
 def test_several_optimizers_are_told_by_what_they_hold():

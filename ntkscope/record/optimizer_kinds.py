@@ -12,6 +12,7 @@ from ntkscope.gate.options import LATER_OPTIONS, check_options
 from ntkscope.record.matching import Shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "momentum_buffer")
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch computes with these; 8 bits and fewer only store
 GIVE = "Record the run with Recorder.attach(optimizer, precond=...) instead, or go on with M = identity."
 AGAIN = "Save optimizer.state_dict() again, or use an earlier file."
 
@@ -97,9 +98,9 @@ def shape_of(entry: Mapping[str, Any], place: str) -> Shape:
         value = entry.get(name)
         if value is None:
             continue
-        is_plain = isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-        if not is_plain:
-            raise InputError(f"{place} is damaged: {name} is no dense tensor of real numbers. {AGAIN}")
+        is_dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        if not is_dense or value.dtype not in REAL:
+            raise InputError(f"{place} is damaged: {name} is no dense tensor of real numbers in 16 bits or more. {AGAIN}")
         shapes.add(tuple(value.shape))
     if len(shapes) > 1:
         raise InputError(f"{place} is damaged: the moments of an entry have the shapes {sorted(shapes)}. {AGAIN}")

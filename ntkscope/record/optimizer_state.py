@@ -17,7 +17,7 @@ from ntkscope._checks import InputError, UnsupportedError, check_finite
 from ntkscope._display import Displayed
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.record.matching import Match, match_parameters
-from ntkscope.record.optimizer_kinds import AGAIN, check_group, recognize, shape_of
+from ntkscope.record.optimizer_kinds import AGAIN, REAL, check_group, recognize, shape_of
 from ntkscope.record.optimizers import Clock, check_supported, mechanics, momentum_lag, stability_edge
 
 SEARCH_DEPTH = 4
@@ -153,6 +153,9 @@ def _read(state: dict[str, Any], parameters: Mapping[str, Tensor], source: str, 
     for group in groups:
         check_group(group, kind, place)
     match = match_parameters(groups, [shape_of(entry, place) for entry in entries], parameters, place)
+    odd = next((name for names in match.names for name in names if parameters[name].dtype not in REAL), None)
+    if odd is not None:
+        raise UnsupportedError(f"{place} holds {odd!r}, which is {parameters[odd].dtype}. Load the model in float32 or bfloat16.")
     held = {name: nn.Parameter(parameters[name].detach().cpu(), requires_grad=False) for names in match.names for name in names}
     optimizer = _remade(kind, groups, entries, match, held, place)
     check_supported(optimizer, None)
