@@ -346,6 +346,7 @@ def test_price_counts_what_the_job_does():
     assert small.peak_bytes <= budget
 
 
+@pytest.mark.alone  # alternatives are priced by measured times
 def test_price_says_when_the_full_kernel_is_bound_by_products():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 64, 10))

@@ -183,7 +183,7 @@ def test_the_audit_is_the_gradient_of_the_loss_on_the_probe():
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
-def test_a_closure_is_not_audited():
+def test_gradients_that_a_closure_computes_are_audited():
     model, inputs, targets = problem()
     recorder = ntkscope.Recorder(model, probe=(inputs, targets), loss="cross_entropy", schedule=1)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -197,7 +197,9 @@ def test_a_closure_is_not_audited():
 
     for _ in range(3):
         optimizer.step(evaluate)
-    assert all(rows is None for rows in recorder.trace.gradient_audits())
+    agreement = ntkscope.analyze(recorder).agreement
+    assert agreement is not None
+    assert agreement.factor == pytest.approx(1.0, abs=1e-5), "the closure's gradients are those of the loss on the probe"
 
 
 def test_auditing_leaves_gradients_and_random_state_alone():
