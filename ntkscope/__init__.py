@@ -1,5 +1,8 @@
 """What a neural network has learned, and what it has merely stored."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ntkscope._checks import InputError, InputTypeError, UnsupportedError, UserError
 from ntkscope.analysis import analyze
 from ntkscope.audit_price import AuditPrice, price_audit
@@ -23,10 +26,8 @@ from ntkscope.jumps import JumpErrors, JumpStudy, jump_study
 from ntkscope.kernel.coverage import Coverage
 from ntkscope.kernel.gram import Gram, ntk_gram
 from ntkscope.kernel.moments import GradientMoments, gradient_moments
-from ntkscope.kernel.operator import NTKOperator
 from ntkscope.kernel.price import Price, price_gram
 from ntkscope.kernel.ranks import RankError
-from ntkscope.kernel.top_eig import TopEigenpairs
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.subset import stratified_subset
@@ -41,6 +42,10 @@ from ntkscope.spectrum.null import Null
 from ntkscope.spectrum.sensitivity import Sensitivity
 from ntkscope.spectrum.truncation import Truncation
 from ntkscope.uncertainty import Uncertainty
+
+if TYPE_CHECKING:
+    from ntkscope.kernel.operator import NTKOperator
+    from ntkscope.kernel.top_eig import TopEigenpairs
 
 __all__ = [
     # kernel
@@ -125,3 +130,11 @@ __all__ = [
     "UnsupportedError",
     "UserError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs scipy.sparse.linalg when it is asked for: that takes a sixth of the time of importing torch."""
+    later = {"NTKOperator": "ntkscope.kernel.operator", "TopEigenpairs": "ntkscope.kernel.top_eig"}
+    if name not in later:
+        raise AttributeError(f"module 'ntkscope' has no attribute {name!r}")
+    return getattr(import_module(later[name]), name)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its subpackages load when first used
 import torch
 from jaxtyping import Float
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from ntkscope.dynamics.interval import phi
@@ -85,7 +85,7 @@ def propagate(gradient: Float[Tensor, "examples classes"], apply_kernel: Linear,
 
 def _integrate(diagonal: list[float], off_diagonal: list[float], elapsed: float) -> tuple[Tensor, float]:
     """Compute Δφ(ΔT) e₁ and Δ[φ(2ΔT)]₁₁."""
-    eigvals, eigvecs = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
+    eigvals, eigvecs = scipy.linalg.eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
     rates = torch.from_numpy(eigvals).clamp(min=0.0)
     vectors = torch.from_numpy(eigvecs)
     first = vectors[0]
