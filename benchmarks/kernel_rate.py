@@ -6,12 +6,12 @@ import torch
 
 from benchmarks.kernel_cases import Case
 from benchmarks.measure import time_alternating, time_call
-from ntkscope.kernel.blocks import LARGEST_CHUNK
 from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.contract import ROW_BLOCKS, contract
 from ntkscope.kernel.cost import contractions
 from ntkscope.kernel.coverage import probe_routes
 from ntkscope.kernel.jacobian import compute_jacobian
+from ntkscope.kernel.tiles import LARGEST_CHUNK
 
 LOWER_SHARE = (ROW_BLOCKS + 1) / (2 * ROW_BLOCKS)  # of a symmetric product that is computed
 

@@ -13,7 +13,7 @@ from cases import BY_NAME
 from compare import assert_close
 from oracles import gram as oracle_gram
 
-from ntkscope.kernel.blocks import Tile, deal
+from ntkscope.kernel.tiles import Tile, deal
 
 TESTS = Path(__file__).parent
 

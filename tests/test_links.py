@@ -112,6 +112,14 @@ def test_thinned_modes_keep_those_that_examples_lie_along(monkeypatch):
     assert all(0 <= k < 20 for row in found["example_modes"] for k, _ in row)
 
 
+def test_infinite_directions_are_left_out():
+    analysis = synthetic_analysis()
+    analysis.spectrum.eigvecs[3, 5] = torch.inf
+    found = links(analysis)
+    json.dumps(found, allow_nan=False)
+    assert int(analysis.spectrum.owner[3]) not in [example for example, _ in found["mode_examples"][5]]
+
+
 @pytest.mark.parametrize(
     "options", [{"has_labels": False, "has_noise": False}, {"num_snapshots": 1}, {"has_nan": True}, {"num_examples": 8}], ids=str
 )

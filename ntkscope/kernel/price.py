@@ -12,7 +12,7 @@ from ntkscope._checks import check_memory
 from ntkscope._display import Displayed
 from ntkscope._types import ForwardFn, KernelOutputs
 from ntkscope.kernel.batch import count_examples, take
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, Tile, Tiling, plan_tiles
+from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.capture import full_precision, undisturbed
 from ntkscope.kernel.contract import contract
 from ntkscope.kernel.cost import contractions
@@ -20,6 +20,7 @@ from ntkscope.kernel.coverage import Coverage, probe_routes
 from ntkscope.kernel.jacobian import compute_jacobian
 from ntkscope.kernel.readout import make_readout
 from ntkscope.kernel.routes import UnlikeProbe
+from ntkscope.kernel.tiles import Tile, Tiling, plan_tiles
 
 BLOCK_EXAMPLES = 16  # measured; fewer tell little of a job of hundreds
 BOUND_SHARE = 0.5  # of the multiply-adds: above it the job is called bound by N² p

@@ -6,7 +6,6 @@ negative.
 """
 
 import base64
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,8 +118,8 @@ def _kept_modes(parts: Float[Tensor, "examples modes"]) -> list[int]:
 
 def _largest(column: Tensor) -> list[tuple[int, int]]:
     """Name the largest parts: (position, thousandths), those that round to zero left out."""
-    top = column.nan_to_num(0.0).abs().topk(min(NUM_SHOWN, len(column))).indices.tolist()
-    found = [(k, round(1000 * float(column[k].nan_to_num(0.0)))) for k in top]
+    known = torch.where(column.isfinite(), column, 0.0)
+    found = [(k, round(1000 * float(known[k]))) for k in known.abs().topk(min(NUM_SHOWN, len(known))).indices.tolist()]
     return [(k, share) for k, share in found if share]
 
 
@@ -128,7 +127,7 @@ def _by_label(lies: Tensor, labels: list[str]) -> list[list[tuple[str, int]]]:
     """Name the labels on whose examples each direction lies most."""
     names = list(dict.fromkeys(labels))
     code = torch.tensor([names.index(label) for label in labels])
-    totals = torch.zeros(len(names), lies.shape[1], dtype=lies.dtype).index_add_(0, code, lies.nan_to_num(0.0))
+    totals = torch.zeros(len(names), lies.shape[1], dtype=lies.dtype).index_add_(0, code, torch.where(lies.isfinite(), lies, 0.0))
     top = totals.topk(min(NUM_LABELS, len(names)), dim=0)
     return [
         [(names[k], round(1000 * share)) for k, share in zip(*column, strict=True)]
@@ -158,32 +157,12 @@ def _layers(analysis: AnalysisLike) -> dict[str, Any] | None:
     names = list(step.layers)
     return {
         "step": step.step,
-        "rank": step.rank,
         "modes": [mode + 1 for mode in modes],
         "names": [names[k] for k in largest.tolist()],
         "num_left_out": len(names) - len(largest),
         "share": [_thousandths(row[largest]) for row in step.layer_share[modes]],
         "kept": [_thousandths(row[largest]) for row in step.openness[modes]],
     }
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Small pictures of inputs, for a canvas.
-
-    Attributes:
-        examples: Positions of the examples that have one.
-        height: Pixels.
-        width: Pixels.
-        channels: 1 or 3.
-        data: The bytes in base64, example after example.
-    """
-
-    examples: list[int]
-    height: int
-    width: int
-    channels: int
-    data: str
 
 
 def pictures_of(analysis: AnalysisLike) -> dict[str, Any] | None:
@@ -193,7 +172,8 @@ def pictures_of(analysis: AnalysisLike) -> dict[str, Any] | None:
         analysis: The result.
 
     Returns:
-        Fields of `Pictures`; None where inputs were no images.
+        Positions of the examples that have one, height, width and channels of all, and the bytes in base64, example after example; None
+        where inputs were no images.
     """
     pictures: UInt8[Tensor, "examples height width channels"] | None = analysis.examples.pictures
     if pictures is None:
@@ -204,4 +184,4 @@ def pictures_of(analysis: AnalysisLike) -> dict[str, Any] | None:
     shown = (ranked(analysis) or list(range(len(pictures))))[: max(1, PICTURE_BYTES // pictures[0].numel())]
     data = base64.b64encode(pictures[shown].contiguous().numpy().tobytes()).decode("ascii")
     _, height, width, channels = pictures.shape
-    return vars(Pictures(shown, height, width, channels, data))
+    return {"examples": shown, "height": height, "width": width, "channels": channels, "data": data}
