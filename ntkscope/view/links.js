@@ -45,10 +45,15 @@
     return canvas;
   }
 
-  function bar(thousandths, colour) {
+  // Its length is relative to the longest of its list: the shares of single examples are often too small to see.
+  function bar(thousandths, colour, longest) {
     const fill = element("span", { className: "fill " + colour });
-    fill.style.width = Math.min(100, Math.abs(thousandths || 0) / 10) + "%";
+    fill.style.width = 100 * Math.abs(thousandths || 0) / (longest || 1) + "%";
     return element("span", { className: "bar", ariaHidden: "true" }, fill);
+  }
+
+  function longestOf(shares) {
+    return Math.max(...shares.map(function (share) { return Math.abs(share || 0); }), 1);
   }
 
   function labelWords(example) {
@@ -85,10 +90,11 @@
     if (!data.layers) return [element("h4", { textContent: "Layers and gate" }), element("p", { className: "aside", textContent: section.dataset.noLayers })];
     const at = nearest(data.layers.modes, number);
     const list = element("ul", { className: "rows" });
+    const longest = longestOf(data.layers.share[at]);
     data.layers.names.forEach(function (name, k) {
       const share = data.layers.share[at][k];
       const kept = data.layers.kept[at][k];
-      list.append(row(element("span", { className: "name", textContent: name }), [bar(share, "neutral")], percent(share) + (kept === null ? "" : ", gate keeps " + percent(kept))));
+      list.append(row(element("span", { className: "name", textContent: name }), [bar(share, "neutral", longest)], percent(share) + (kept === null ? "" : ", gate keeps " + percent(kept))));
     });
     const shown = data.layers.modes[at];
     const words = "Share of the direction's kernel in each layer, and how much of that the gate keeps; direction " + shown + " of the window that ends at the audited step " + data.layers.step +
@@ -109,11 +115,12 @@
     ];
     if (data.mode_labels) pairs.push(["lies mostly on", data.mode_labels[at].map(function (entry) { return "label " + entry[0] + " (" + percent(entry[1]) + ")"; }).join(", ")]);
     const list = element("ul", { className: "rows" });
+    const longest = longestOf(data.mode_examples[at].map(function (entry) { return entry[1]; }));
     for (const [example, share] of data.mode_examples[at]) {
       const button = link("#" + data.ids[example], function () { choose("example", example); });
       const seen = picture(example, 32);
       if (seen) button.prepend(seen);
-      list.append(row(button, [bar(share, data.is_signal[at] ? "signal" : "reservoir")], percent(share) + (labelWords(example) ? " · " + labelWords(example) : "")));
+      list.append(row(button, [bar(share, data.is_signal[at] ? "signal" : "reservoir", longest)], percent(share) + (labelWords(example) ? " · " + labelWords(example) : "")));
     }
     modePane.replaceChildren(facts(pairs), element("h4", { textContent: "Its examples" }), list, ...layerList(number));
   }
@@ -128,10 +135,11 @@
     pairs.push(["half of its error was gone at", half === null ? "never (or unknown)" : "optimizer time " + half]);
     pairs.push(["loss at the window's end", data.loss[example] === null ? "unknown" : String(data.loss[example])]);
     const list = element("ul", { className: "rows" });
+    const longest = longestOf(data.example_modes[example].map(function (entry) { return entry[1]; }));
     for (const [at, share] of data.example_modes[example]) {
       const button = link("direction " + data.modes[at], function () { choose("mode", at); });
       const side = data.is_signal[at] ? "signal" : "reservoir";
-      list.append(row(button, [bar(share, side)], percent(share) + " · " + side + ", ω " + (data.omega[at] === null ? "unknown" : data.omega[at])));
+      list.append(row(button, [bar(share, side, longest)], percent(share) + " · " + side + ", ω " + (data.omega[at] === null ? "unknown" : data.omega[at])));
     }
     const seen = picture(example, 96);
     examplePane.replaceChildren(...(seen ? [seen] : []), facts(pairs), element("h4", { textContent: "Its directions" }), list);
