@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
+from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, only_one, open_forward, open_model
+from .notes import notes_shown
 from .options import (
     ALPHAS,
     CUTOFFS,
@@ -30,6 +32,10 @@ ntkscope analyze checkpoint.pt --model train.py:make \
     --gate hard --alpha unbiased
 ntkscope analyze step*.pt --model net.py:make \
     --data data.py:train --loss cross_entropy
+ntkscope analyze weights.pt --model net.py:make \
+    --data train.csv --loss squared --continue 100
+ntkscope analyze checkpoint-*/ --loss cross_entropy \
+    --task sequence-classification --data tokens.npz
 """
 
 
@@ -41,7 +47,9 @@ def analyze(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="For bare checkpoints: inputs and targets, FILE.py:FUNCTION, .npz, .safetensors or .pt."),
+        typer.Option(
+            metavar="SPEC", help="For bare checkpoints: inputs and targets, FILE.py:FUNCTION, .npz, .safetensors, .pt, .csv or images."
+        ),
     ] = None,
     query: Annotated[str | None, typer.Option(metavar="SPEC", help="For bare checkpoints: held-out inputs and targets, as --data.")] = None,
     loss: Annotated[
@@ -57,6 +65,19 @@ def analyze(
         str | None,
         typer.Option(metavar="T1,T2,...", help="For bare checkpoints: the optimizer time of each, where the files do not say it."),
     ] = None,
+    steps_on: Annotated[
+        int | None,
+        typer.Option(
+            "--continue",
+            metavar="STEPS",
+            min=1,
+            help="For one bare checkpoint: train on from it in memory, by plain gradient descent on --data, and analyze that.",
+        ),
+    ] = None,
+    model_arg: ModelArgs = None,
+    forward: Forward = None,
+    output: Output = None,
+    task: Task = None,
     cutoff: Annotated[
         str,
         typer.Option(
@@ -98,44 +119,65 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout, and nothing else.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not write report.html.")] = False,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse a job that needs more, for example 4G.")] = None,
+    allow_global: AllowGlobals = None,
+    unsafe_load: UnsafeLoad = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors, and with --json the summary.")] = False,
 ) -> None:
     """Split what a run learned from what it stored.
 
     PATH is a checkpoint that holds a recorder's state, or a trace folder, or two or more bare checkpoints of one run with
-    --model, --data and --loss.
+    --model, --data and --loss, or one of these and --continue.
     """
     asked_window, asked_times, limit = parse_window(window), parse_times(times), parse_size(max_memory)
     multiple = parse_alpha(alpha)
     with failures_reported(out):
         from .progress import stages_shown
 
-        with stages_shown(quiet=quiet) as stages:
+        with stages_shown(quiet=quiet) as stages, notes_shown(quiet=quiet):
             stages.begin("loading PyTorch")
             import torch
 
             import ntkscope
             from ntkscope.record.source import find_trace
-            from ntkscope.record.spec import load_data, load_model
+            from ntkscope.record.spec import load_data
             from ntkscope.spectrum.cutoffs import parse_rule
 
             parse_rule(cutoff)  # before the user's data are loaded, which may take long
             audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=multiple)  # pyright: ignore[reportArgumentType]
             stages.begin("loading model and data" if model or data or query else "reading the record")
-            network, probe = None if model is None else load_model(model), None if data is None else load_data(data)
+            trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
+            network, call = open_model(model, model_arg, task, paths), open_forward(forward, output, task)
+            probe, held_out = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
             is_bare = network is not None or probe is not None
-            source = (find_trace(paths) or paths) if is_bare else paths[0] if len(paths) == 1 else paths
+            if steps_on is not None:
+                stages.begin("training on")
+                source = ntkscope.continue_training(
+                    only_one(paths),
+                    network,
+                    probe,
+                    loss=loss,
+                    num_steps=steps_on,
+                    query=held_out,
+                    forward_fn=call,
+                    max_memory=limit,
+                    progress=stages.update,
+                    **trust,
+                )
+            else:
+                source = (find_trace(paths, **trust) or paths) if is_bare else paths[0] if len(paths) == 1 else paths
             if isinstance(audit, ntkscope.AuditOptions) and isinstance(source, ntkscope.Trace) and not quiet:
-                price = ntkscope.price_audit(source, model=network, data=probe, audit=audit)
+                price = ntkscope.price_audit(source, model=network, data=probe, forward_fn=call, audit=audit)
                 if price is not None:
                     typer.echo(price.describe(), err=True)
             analysis = ntkscope.analyze(
                 source,
                 model=network,
                 data=probe,
-                query=None if query is None else load_data(query),
+                query=held_out,
                 loss=loss,
                 times=asked_times,
+                forward_fn=call,
+                **trust,
                 cutoff=cutoff,
                 window=asked_window,
                 jackknife=jackknife,
@@ -149,7 +191,7 @@ def analyze(
             stages.begin("writing the results")
             analysis.save(out, report=not no_report)
         if not quiet:
-            is_recorded = not is_bare or isinstance(source, ntkscope.Trace)
+            is_recorded = steps_on is None and (not is_bare or isinstance(source, ntkscope.Trace))
             unused = [name for name, value in (("--times", times), ("--query", query)) if value is not None and is_recorded]
             if unused:
                 typer.echo(f"note: {' and '.join(unused)} not used; the record has its own.", err=True)

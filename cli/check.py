@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
+from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, need_model, open_forward, open_model
+from .notes import notes_shown
 from .options import KINDS, completed, parse_kind, parse_size
 
 EXAMPLES = r"""
@@ -16,9 +18,15 @@ ntkscope check step900.pt --model net.py:make \
 
 
 def check(
-    model: Annotated[str, typer.Option(metavar="SPEC", help="Makes the model: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")],
-    data: Annotated[str, typer.Option(metavar="SPEC", help="Inputs and targets: FILE.py:FUNCTION, .npz, .safetensors or .pt.")],
+    data: Annotated[
+        str, typer.Option(metavar="SPEC", help="Inputs and targets: FILE.py:FUNCTION, .npz, .safetensors, .pt, .csv or images.")
+    ],
     path: Annotated[Path | None, typer.Argument(metavar="PATH", hidden=True)] = None,
+    model: Annotated[str | None, typer.Option(metavar="SPEC", help="Makes the model: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")] = None,
+    model_arg: ModelArgs = None,
+    forward: Forward = None,
+    output: Output = None,
+    task: Task = None,
     outputs: Annotated[
         str, typer.Option(metavar="KIND", autocompletion=completed(KINDS), help="Kernel to price: full, trace, sum or class=K.")
     ] = "full",
@@ -28,6 +36,8 @@ def check(
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", show_default="2G", help="Memory for the kernel, for example 4G.")
     ] = None,
+    allow_global: AllowGlobals = None,
+    unsafe_load: UnsafeLoad = False,
 ) -> None:
     """Test and price the kernel of a model.
 
@@ -38,20 +48,23 @@ def check(
     with failures_reported():
         from .progress import stages_shown
 
-        with stages_shown() as stages:
+        with stages_shown() as stages, notes_shown():
             stages.begin("loading PyTorch")
             import ntkscope
-            from ntkscope.record.checkpoint import find_weights, load_checkpoint
-            from ntkscope.record.spec import load_data, load_model
+            from ntkscope.record.checkpoint import load_checkpoint
+            from ntkscope.record.spec import load_data
             from ntkscope.record.trajectory import load_weights
+            from ntkscope.record.weights import unwrap
 
             stages.begin("loading model and data")
-            network = load_model(model)
-            inputs, _ = load_data(data)
+            trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
+            network = need_model(open_model(model, model_arg, task, [] if path is None else [path]))
+            call = open_forward(forward, output, task)
+            inputs, _ = load_data(data, **trust)
             if path is not None:
-                load_weights(network, find_weights(load_checkpoint(path), path), path)
+                load_weights(network, unwrap(load_checkpoint(path, **trust), path, model=network).weights, path)
             stages.begin("checking every parameter")
-            price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, max_memory=limit)
+            price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, forward_fn=call, max_memory=limit)
 
         from .terminal import print_rows, result_console
 

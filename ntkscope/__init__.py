@@ -28,6 +28,7 @@ from ntkscope.kernel.gram import Gram, ntk_gram
 from ntkscope.kernel.moments import GradientMoments, gradient_moments
 from ntkscope.kernel.price import Price, price_gram
 from ntkscope.kernel.ranks import RankError
+from ntkscope.record.continuation import continue_training
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.subset import stratified_subset
@@ -109,6 +110,7 @@ __all__ = [
     "Recorder",
     "Snapshot",
     "Trace",
+    "continue_training",
     "load_trace",
     "stratified_subset",
     # analysis

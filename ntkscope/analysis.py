@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkscope._checks import InputError, check_choice, check_device
 from ntkscope._losses import NAMED_LOSSES
-from ntkscope._types import LossFn
+from ntkscope._types import ForwardFn, LossFn
 from ntkscope.audit_price import audited_model, check_price, price_of
 from ntkscope.auditing import ChannelKeeper, audit_run, audited_positions
 from ntkscope.course import Course
@@ -63,6 +63,9 @@ def analyze(
     query: tuple[Any, Tensor] | None = None,
     loss: str | LossFn | None = None,
     times: Sequence[float] | None = None,
+    forward_fn: ForwardFn | None = None,
+    allow_globals: Sequence[str] = (),
+    unsafe: bool = False,
     cutoff: str = "half",
     window: tuple[int, int] | None = None,
     jackknife: int | None = None,
@@ -85,6 +88,9 @@ def analyze(
         query: For bare checkpoints: inputs and targets held out.
         loss: The loss of the run. A record knows it, unless it was a callable and the frozen-kernel baseline is wanted.
         times: For bare checkpoints: optimizer time of each; else stored step times stored learning rate.
+        forward_fn: The model's call, `forward_fn(model, batch)`, where it is not `model(batch)`; a `Recorder` knows it.
+        allow_globals: Full names of classes and functions that a checkpoint may use, beyond tensors and plain containers.
+        unsafe: Let a checkpoint run any code. Only for files whose origin you trust.
         cutoff: Rule that separates signal from reservoir: "half" (ω > ½), "fixed:X", "rank:R", "energy:X", "gap", "rank", "mp", "gd" or
             "risk".
         window: Optimizer steps (start, stop), snapped to the nearest snapshots. By default from the first snapshot (for the Adam family the
@@ -118,9 +124,9 @@ def analyze(
     begin = stage or _ignore
     found = None
     if isinstance(source, Trace | Recorder) or (model is None and data is None):
-        found = trace_of(source)
+        found = trace_of(source, allow_globals=allow_globals, unsafe=unsafe)
     elif not isinstance(source, Trace | Recorder):
-        found = find_trace(source)
+        found = find_trace(source, allow_globals=allow_globals, unsafe=unsafe)
     if found is not None:
         trace = found
     elif model is None or data is None or loss is None or isinstance(source, Trace | Recorder):
@@ -128,7 +134,19 @@ def analyze(
     else:
         paths = [source] if isinstance(source, str | Path) else source
         begin("computing kernels")
-        trace = trace_from_checkpoints(paths, model, data, loss=loss, query=query, times=times, max_memory=max_memory, progress=progress)
+        trace = trace_from_checkpoints(
+            paths,
+            model,
+            data,
+            loss=loss,
+            query=query,
+            times=times,
+            forward_fn=forward_fn,
+            allow_globals=allow_globals,
+            unsafe=unsafe,
+            max_memory=max_memory,
+            progress=progress,
+        )
     if len(trace) < 2:
         raise InputError(
             f"{trace.source} holds {len(trace)} snapshot(s); a trajectory needs at least two. "
@@ -144,7 +162,7 @@ def analyze(
     bound = loss_of(trace, loss, trace[start].outputs)
     course = Course(trace, start, stop, loss=bound)
     options = (AuditOptions() if audit else None) if isinstance(audit, bool) else audit
-    audited, audit_reason = audited_model(source, trace, model, data, options, start)
+    audited, audit_reason = audited_model(source, trace, model, data, options, start, forward_fn=forward_fn)
     keeper = None
     if options is not None and audited is not None:
         positions = audited_positions(trace, start, options.num_steps)
@@ -192,18 +210,22 @@ def _ignore(_: str) -> None:
     """Tell nobody."""
 
 
-def trace_of(source: str | Path | Sequence[str | Path] | Trace | Recorder) -> Trace:
+def trace_of(
+    source: str | Path | Sequence[str | Path] | Trace | Recorder, *, allow_globals: Sequence[str] = (), unsafe: bool = False
+) -> Trace:
     """Open any recorded source.
 
     Args:
         source: As for `analyze`.
+        allow_globals: As for `analyze`.
+        unsafe: As for `analyze`.
 
     Returns:
         Its trace.
     """
     if isinstance(source, Recorder):
         return source.trace
-    return source if isinstance(source, Trace) else open_source(source)
+    return source if isinstance(source, Trace) else open_source(source, allow_globals=allow_globals, unsafe=unsafe)
 
 
 def _check_memory(trace: Trace, max_memory: int | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ntkscope._checks import InputError, format_bytes
 from ntkscope._display import Displayed
+from ntkscope._types import ForwardFn
 from ntkscope.auditing import AuditedModel, audited_positions, trained_parameters
 from ntkscope.gate.audit_options import AuditOptions
 from ntkscope.kernel.batch import to_device
@@ -61,6 +62,7 @@ def price_audit(
     *,
     model: nn.Module | None = None,
     data: tuple[Any, Tensor] | None = None,
+    forward_fn: ForwardFn | None = None,
     audit: AuditOptions | None = None,
 ) -> AuditPrice | None:
     """Say what the audit in `analyze` will take, before it is run.
@@ -69,6 +71,7 @@ def price_audit(
         source: As for `analyze`; recorded.
         model: As for `analyze`.
         data: As for `analyze`.
+        forward_fn: As for `analyze`.
         audit: As for `analyze`.
 
     Returns:
@@ -79,12 +82,19 @@ def price_audit(
     """
     options = AuditOptions() if audit is None else audit
     trace = source.trace if isinstance(source, Recorder) else source if isinstance(source, Trace) else open_source(source)
-    audited, _ = audited_model(source, trace, model, data, options, 0)
+    audited, _ = audited_model(source, trace, model, data, options, 0, forward_fn=forward_fn)
     return None if audited is None else price_of(trace.facts, audited, len(audited_positions(trace, 0, options.num_steps)), options)
 
 
 def audited_model(
-    source: object, trace: Trace, model: nn.Module | None, data: tuple[Any, Tensor] | None, options: AuditOptions | None, start: int
+    source: object,
+    trace: Trace,
+    model: nn.Module | None,
+    data: tuple[Any, Tensor] | None,
+    options: AuditOptions | None,
+    start: int,
+    *,
+    forward_fn: ForwardFn | None,
 ) -> tuple[AuditedModel | None, str]:
     """Find the model and the probe's inputs for an audit, or say why there is none.
 
@@ -95,6 +105,7 @@ def audited_model(
         data: As for `analyze`.
         options: How to audit; None for no audit.
         start: Index of the window's first snapshot.
+        forward_fn: As for `analyze`.
 
     Returns:
         The model or None, and the reason.
@@ -115,7 +126,7 @@ def audited_model(
         return None, "an audit needs the probe: data= (--data SPEC)"
     if data is not None and hash_of(*data) != trace.facts.probe_hash:
         raise InputError("`data` is not the probe of this record (inputs or targets differ). Give what the recorder was given.")
-    return AuditedModel(model, to_device(inputs, next(model.parameters()).device), None), ""
+    return AuditedModel(model, to_device(inputs, next(model.parameters()).device), forward_fn), ""
 
 
 def price_of(facts: RunFacts, audited: AuditedModel, num_steps: int, options: AuditOptions) -> AuditPrice:

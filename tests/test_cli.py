@@ -264,7 +264,7 @@ BARE = ("step00.pt", "step20.pt")
         ((*BARE, "--model", "specs.py:nope", *SPECS[2:]), "has no 'nope'. Name a function that it defines."),
         ((*BARE, "--model", "specs.py:mke", *SPECS[2:]), "has no 'mke'. Name a function that it defines. Did you mean 'make'?"),
         ((*BARE, "--model", "spcs.py:make", *SPECS[2:]), "No such file: spcs.py. Give the path of a Python file. Did you mean 'specs.py'?"),
-        ((*BARE, "--model", "specs.py:value", *SPECS[2:]), "something of type int. Name a function without arguments."),
+        ((*BARE, "--model", "specs.py:value", *SPECS[2:]), "something of type int. Name a function to be called without arguments."),
         ((*BARE, "--model", "specs.py:klass", *SPECS[2:]), "got type. Return the model itself, not its class or state."),
         ((*BARE, "--model", "specs.py:needs", *SPECS[2:]), "failed when called without arguments: TypeError"),
         ((*BARE, "--model", "broken.py:make", *SPECS[2:]), "could not be imported: SyntaxError"),

@@ -28,6 +28,7 @@ from ntkscope._checks import closest
 from ntkscope._losses import NAMED_LOSSES
 from ntkscope._types import GateKind
 from ntkscope.experiments.demo import OPTIMIZERS
+from ntkscope.record.forwards import TASKS
 from ntkscope.results import Analysis
 from ntkscope.spectrum.cutoffs import parse_rule
 
@@ -332,6 +333,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(NAMED_LOSSES) == options.LOSSES
     assert OPTIMIZERS == options.OPTIMIZERS
     assert set(options.GATES) == set(get_args(GateKind)) - {"open"}
+    assert tuple(TASKS) == options.TASKS
     for rule in options.CUTOFFS:
         parse_rule(rule)
 

@@ -15,13 +15,13 @@ from ntkscope._types import ForwardFn, LossFn
 from ntkscope.integrations.loggers import Logger, log_recording
 from ntkscope.record.checkpoint import load_checkpoint
 from ntkscope.record.recorder import Recorder
+from ntkscope.record.source import RECORD
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError("ntkscope.integrations.transformers needs Transformers: pip install 'ntkscope[transformers]'.") from error
 
-RECORD = "ntkscope.pt"
 LABELS = ("labels", "label")
 
 

@@ -7,6 +7,8 @@ from ntkscope._checks import InputError
 from ntkscope.record.checkpoint import find_recorder_state, load_checkpoint
 from ntkscope.record.trace import Trace, load_trace, trace_from_state
 
+RECORD = "ntkscope.pt"  # where the callback for Transformers leaves its record in a checkpoint's folder
+
 
 def find_trace(source: str | Path | Sequence[str | Path], *, allow_globals: Sequence[str] = (), unsafe: bool = False) -> Trace | None:
     """Open a source if it was recorded.
@@ -24,6 +26,8 @@ def find_trace(source: str | Path | Sequence[str | Path], *, allow_globals: Sequ
         return None
     if is_trace(paths[0]):
         return load_trace(paths[0])
+    if (paths[0] / RECORD).is_file():
+        paths = [paths[0] / RECORD]
     state = find_recorder_state(load_checkpoint(paths[0], allow_globals=allow_globals, unsafe=unsafe))
     return None if state is None else trace_from_state(state, str(paths[0]))
 

@@ -1,25 +1,28 @@
 """SPECs: where the command line finds a model, data or a callable.
 
-`pkg.module:callable`, `file.py:callable`, or for data also a .npz, .safetensors or .pt file. Only the command line (or the caller)
-names what is imported; a checkpoint never does.
+`pkg.module:callable`, `file.py:callable`, or for data also a file or a folder of images. Only the command line (or the caller) names what
+is imported; a checkpoint never does.
 """
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, closest
+from ntkscope._types import ForwardFn
 from ntkscope.kernel.batch import count_examples
 from ntkscope.record.checkpoint import load_checkpoint
+from ntkscope.record.data_files import read_csv, read_images
 
-DATA_KEYS = (("inputs", "targets"), ("x", "y"), ("X", "y"))
+INPUT_NAMES = ("inputs", "x", "X")
+TARGET_NAMES = ("targets", "labels", "label", "y")
 
 
 def load_callable(spec: str) -> Any:
@@ -48,11 +51,12 @@ def load_callable(spec: str) -> Any:
     return getattr(module, name)
 
 
-def load_model(spec: str) -> nn.Module:
+def load_model(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Make the model a SPEC names.
 
     Args:
-        spec: A callable without arguments that returns a module.
+        spec: A callable that returns a module.
+        arguments: Its keyword arguments; none if not given.
 
     Returns:
         The model.
@@ -60,7 +64,7 @@ def load_model(spec: str) -> nn.Module:
     Raises:
         InputError: If it fails or returns something else.
     """
-    model = _call(spec)
+    model = _call(spec, arguments or {})
     if not isinstance(model, nn.Module):
         raise InputError(
             f"--model {spec!r} must return a torch.nn.Module, got {type(model).__name__}. Return the model itself, not its class or state."
@@ -68,11 +72,33 @@ def load_model(spec: str) -> nn.Module:
     return model
 
 
-def load_data(spec: str) -> tuple[Any, Tensor]:
+def load_forward(spec: str) -> ForwardFn:
+    """Import the model's call.
+
+    Args:
+        spec: A callable that takes the model and a batch of inputs.
+
+    Returns:
+        The callable.
+
+    Raises:
+        InputError: If it cannot be imported, or called.
+    """
+    function: Any = load_callable(spec)
+    if not callable(function):
+        raise InputError(f"--forward {spec!r} names something of type {type(function).__name__}. Name a function of (model, batch).")
+    return cast("ForwardFn", function)
+
+
+def load_data(spec: str, *, allow_globals: Sequence[str] = (), unsafe: bool = False) -> tuple[Any, Tensor]:
     """Load inputs and targets.
 
     Args:
-        spec: A callable that returns (inputs, targets), or a .npz, .safetensors or .pt file with `inputs` and `targets` (or `x` and `y`).
+        spec: A callable that returns (inputs, targets); a .npz, .safetensors or .pt file with `inputs` (or `x`) and `targets` (or `labels`,
+            `y`), or with targets and tensors that the model takes by name; a .csv table with a head; or a folder with one folder of images
+            for each class.
+        allow_globals: What a .pt file may use beyond tensors and plain containers, see `load_checkpoint`.
+        unsafe: Let a .pt file run any code.
 
     Returns:
         Inputs and targets.
@@ -80,27 +106,25 @@ def load_data(spec: str) -> tuple[Any, Tensor]:
     Raises:
         InputError: If it cannot be read or is no pair.
     """
-    suffix = Path(spec).suffix
-    if suffix == ".npz":
-        try:
-            with np.load(spec, allow_pickle=False) as archive:
-                content: Any = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        except FileNotFoundError as error:
-            raise InputError(f"No such file: {spec}. Give the file with the arrays `inputs` and `targets`.") from error
-        except (OSError, ValueError, TypeError) as error:  # numpy's message advises to load it unsafely
-            raise InputError(
-                f"{spec} is no .npz file of plain arrays. Write it with numpy.savez(file, inputs=..., targets=...)."
-            ) from error
-    elif suffix in (".safetensors", ".pt"):
-        content = load_checkpoint(Path(spec))
+    path = Path(spec)
+    if path.suffix == ".csv":
+        content: Any = read_csv(path)
+    elif path.is_dir():
+        content = read_images(path)
+    elif path.suffix == ".npz":
+        content = _read_npz(path)
+    elif path.suffix in (".safetensors", ".pt"):
+        content = load_checkpoint(path, allow_globals=allow_globals, unsafe=unsafe)
     else:
-        content = _call(spec)
+        content = _call(spec, {})
     try:
         pair = _find_pair(content)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"The targets of data SPEC {spec!r} are no numbers: {error}. Give a tensor of classes or values.") from error
     if pair is None:
-        raise InputError(f"Data SPEC {spec!r} must give a pair (inputs, targets), or a file with the entries `inputs` and `targets`.")
+        raise InputError(
+            f"Data SPEC {spec!r} must give a pair (inputs, targets), or a file with the entries `inputs` and `targets`{_found(content)}."
+        )
     inputs, targets = pair
     if count_examples(inputs) != len(targets):
         raise InputError(
@@ -109,25 +133,50 @@ def load_data(spec: str) -> tuple[Any, Tensor]:
     return inputs, targets
 
 
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """Read an archive of plain arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except FileNotFoundError as error:
+        raise InputError(f"No such file: {path}. Give the file with the arrays `inputs` and `targets`.") from error
+    except (OSError, ValueError, TypeError) as error:  # numpy's message advises to load it unsafely
+        raise InputError(f"{path} is no .npz file of plain arrays. Write it with numpy.savez(file, inputs=..., targets=...).") from error
+
+
 def _find_pair(content: Any) -> tuple[Any, Tensor] | None:
     """Find inputs and targets in what was loaded."""
     if isinstance(content, Mapping):
-        found = next((keys for keys in DATA_KEYS if all(key in content for key in keys)), None)
-        return None if found is None else (content[found[0]], torch.as_tensor(content[found[1]]))
+        target = next((name for name in TARGET_NAMES if name in content), None)
+        if target is None:
+            return None
+        given = next((name for name in INPUT_NAMES if name in content), None)
+        if given is not None:
+            return content[given], torch.as_tensor(content[target])
+        named = {name: value for name, value in content.items() if name != target}  # input_ids, attention_mask, ...
+        return (named, torch.as_tensor(content[target])) if named else None
     if isinstance(content, tuple | list) and len(content) == 2:
         return content[0], torch.as_tensor(content[1])
     return None
 
 
-def _call(spec: str) -> Any:
+def _found(content: Any) -> str:
+    """Say what entries there are instead."""
+    if not isinstance(content, Mapping):
+        return f"; got {type(content).__name__}"
+    return f"; it has {', '.join(map(str, list(content)[:8])) or 'none'}"
+
+
+def _call(spec: str, arguments: Mapping[str, Any]) -> Any:
     """Call what a SPEC names; its own failure is the user's."""
     function = load_callable(spec)
+    said = f"with {', '.join(f'{name}={value!r}' for name, value in arguments.items())}" if arguments else "without arguments"
     if not callable(function):
-        raise InputError(f"SPEC {spec!r} names something of type {type(function).__name__}. Name a function without arguments.")
+        raise InputError(f"SPEC {spec!r} names something of type {type(function).__name__}. Name a function to be called {said}.")
     try:
-        return function()
+        return function(**arguments)
     except (Exception, SystemExit) as error:
-        raise InputError(f"SPEC {spec!r} failed when called without arguments: {type(error).__name__}: {error}.") from error
+        raise InputError(f"SPEC {spec!r} failed when called {said}: {type(error).__name__}: {error}.") from error
 
 
 def _module_from_file(path: Path) -> Any:
