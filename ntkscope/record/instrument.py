@@ -1,7 +1,8 @@
 """What the recorder measures at one moment: outputs, kernels, motions by weight decay, and the linearized model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,11 +112,37 @@ class Instrument:
 
         Returns:
             The snapshot.
+        """
+        state = self.mechanics(clock)
+        return self.measure(state, at=at, outputs=outputs, previous=previous, beginning=beginning, extra=extra)
+
+    def measure(
+        self,
+        state: optimizers.Mechanics,
+        *,
+        at: tuple[int, float],
+        outputs: Tensor | None = None,
+        previous: Tensor | None = None,
+        beginning: State | None = None,
+        extra: Mapping[str, Tensor | None] = MappingProxyType({}),
+    ) -> Snapshot:
+        """Measure a snapshot under a given M.
+
+        Args:
+            state: What the optimizer applies, or applied when the weights were saved.
+            at: As for `snapshot`.
+            outputs: Likewise.
+            previous: Likewise.
+            beginning: Likewise.
+            extra: Likewise.
+
+        Returns:
+            The snapshot.
 
         Raises:
             InputError: If outputs or kernel are not finite.
         """
-        probe, state = self.probe, self.mechanics(clock)
+        probe = self.probe
         stored = self.outputs() if outputs is None else outputs
         if not bool(torch.isfinite(stored).all()):
             raise InputError("the outputs on the probe are not finite: the run has diverged. Lower the learning rate.")

@@ -34,6 +34,7 @@ class Trace(Displayed):
         source: Where it came from.
         entries: Snapshots, or the files that hold them, by step.
         retimed: Other times by step, see `rescale.rescaled`; empty for times as recorded.
+        is_from_checkpoints: Whether it was made of bare checkpoints, and not recorded; where it is saved, this is not.
     """
 
     facts: RunFacts
@@ -41,6 +42,7 @@ class Trace(Displayed):
     source: str
     entries: dict[int, Snapshot | Path] = field(default_factory=dict)
     retimed: dict[int, Retiming] = field(default_factory=dict)
+    is_from_checkpoints: bool = False
 
     @property
     def steps(self) -> list[int]:

@@ -1,23 +1,33 @@
-"""A trajectory from bare checkpoints of one run: kernels are computed now, time comes from what the files say."""
+"""A trajectory from bare checkpoints of one run: kernels are computed now, with M and time from what the files say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from ntkscope._checks import InputError
 from ntkscope._types import ForwardFn, LossFn
-from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_gram
-from ntkscope.kernel.capture import undisturbed
+from ntkscope.kernel.blocks import DEFAULT_MEMORY
 from ntkscope.kernel.coverage import probe_routes
-from ntkscope.kernel.model import forward_rows, kinked_kinds, select_parameters, train_only_kinds
-from ntkscope.record.checkpoint import find_weights, load_checkpoint, stored_learning_rate, stored_step
+from ntkscope.kernel.model import select_parameters
 from ntkscope.record.facts import RunFacts
-from ntkscope.record.probe import ProbeSet, make_probe
-from ntkscope.record.snapshot import Snapshot, pack_upper
+from ntkscope.record.instrument import Instrument
+from ntkscope.record.opening import describe_run
+from ntkscope.record.optimizers import Mechanics
+from ntkscope.record.probe import make_probe
+from ntkscope.record.saved_moment import CheckpointReader, SavedMoment
+from ntkscope.record.timeline import Timeline, make_timeline
 from ntkscope.record.trace import Trace
+from ntkscope.record.weights import load_weights
+
+PLAIN = (
+    "The kernel is that of plain gradient descent, M = identity: {why} If an optimizer of the Adam family or a gate trained the run, this "
+    "is not the geometry of its steps, and neither channels nor times are its own."
+)
 
 
 def trace_from_checkpoints(
@@ -29,10 +39,16 @@ def trace_from_checkpoints(
     query: tuple[Any, Tensor] | None = None,
     times: Sequence[float] | None = None,
     forward_fn: ForwardFn | None = None,
+    allow_globals: Sequence[str] = (),
+    unsafe: bool = False,
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
-    """Build a trace from checkpoints of a run that was not recorded, as if plain gradient descent had made it (M = I).
+    """Build a trace from checkpoints of a run that was not recorded.
+
+    M, weight decay and gates come from the optimizers in the files, as a recorder reads them from a live one, if every file holds one that
+    fits; otherwise M = I, and a note in the facts says why. What was done to find weights and optimizers is logged (`ntkscope`, INFO).
+    Files are read one after another, twice each; none stays in memory.
 
     Args:
         paths: Two or more files, in any order.
@@ -40,8 +56,10 @@ def trace_from_checkpoints(
         data: Inputs and targets of training examples to follow.
         loss: The loss of the run.
         query: Inputs and targets held out.
-        times: Optimizer time of every file; else stored step times stored learning rate.
+        times: Optimizer time of every file; else from stored steps and learning rates, by trapezoid where the rates differ.
         forward_fn: The model's call.
+        allow_globals: What the files may use beyond tensors and plain containers, see `load_checkpoint`.
+        unsafe: Let the files run any code.
         max_memory: Bytes for the kernel computation.
         progress: Called with (files done, files in all).
 
@@ -59,107 +77,101 @@ def trace_from_checkpoints(
         )
     if times is not None and len(times) != len(files):
         raise InputError(f"--times needs one time per checkpoint: {len(files)} files, {len(times)} times.")
-    contents = [load_checkpoint(path) for path in files]
-    moments = [
-        _moment(content, path, None if times is None else times[k], k)
-        for k, (content, path) in enumerate(zip(contents, files, strict=True))
-    ]
-    order = sorted(range(len(files)), key=lambda k: moments[k])
-    own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    probe = make_probe(model, data, query, loss=loss, forward_fn=forward_fn, clean_targets=None)
-    parameters = select_parameters(model)
-    facts = RunFacts(
-        num_examples=probe.num_examples,
-        num_classes=probe.num_classes,
-        num_params=sum(parameter.numel() for parameter in parameters.values()),
-        num_query=probe.num_query,
-        loss=probe.loss.name,
-        optimizer=f"unknown ({len(files)} bare checkpoints; plain gradient descent assumed)",
-        precond="identity",
-        stability_edge=None,
-        momentum_lag=0.0,
-        parameters=list(parameters),
-        parameter_sizes=[parameter.numel() for parameter in parameters.values()],
-        gate=None,
-        probe_hash=probe.hash,
-        train_only=train_only_kinds(model),
-        kinked=kinked_kinds(model, probe.few, probe.forward_fn),
-    )
-    trace = Trace(facts, probe.tensors(), ", ".join(str(files[k]) for k in order))
-    previous: Tensor | None = None
+    reader = CheckpointReader(model, allow_globals, unsafe)
+    line = make_timeline(reader.survey(files), times, same_weights=reader.has_same_weights)
+    own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
-        for done, k in enumerate(order):
-            load_weights(model, find_weights(contents[k], files[k]), files[k])
-            time, step = moments[k]
-            snapshot = _measure(model, probe, step, time, previous, DEFAULT_MEMORY if max_memory is None else max_memory)
-            trace.append(snapshot)
-            previous = snapshot.outputs
-            if progress is not None:
-                progress(done + 1, len(order))
+        return _measured(line, reader, data, query, loss, forward_fn, DEFAULT_MEMORY if max_memory is None else max_memory, progress)
     finally:
-        model.load_state_dict(own)
+        model.load_state_dict(own, strict=False)
+
+
+def _measured(
+    line: Timeline,
+    reader: CheckpointReader,
+    data: tuple[Any, Tensor],
+    query: tuple[Any, Tensor] | None,
+    loss: str | LossFn,
+    forward_fn: ForwardFn | None,
+    budget: int,
+    progress: Callable[[int, int], None] | None,
+) -> Trace:
+    """Load one file after another, and measure the model as it was."""
+    model, moments = reader.model, line.moments
+    probe = make_probe(model, data, query, loss=loss, forward_fn=forward_fn, clean_targets=None)
+    owners, notes = _owners_of_precond(moments)
+    names = list(moments[0].held) if owners else list(select_parameters(model))
+    trace: Trace | None = None
+    instrument: Instrument | None = None
+    previous: Tensor | None = None
+    for position, (moment, time) in enumerate(zip(moments, line.times, strict=True)):
+        load_weights(model, reader.weights(moment.path), moment.path)
+        with _naming(moment.path):
+            parameters = select_parameters(model, names)  # finite
+            if instrument is None:
+                routes, coverage = probe_routes(model, probe.inputs, params=names, forward_fn=forward_fn)
+                instrument = Instrument(model, probe, SGD(parameters.values(), lr=0.0), None, routes, coverage, budget, "full")
+            state = _plain(names)
+            if owners:
+                stored = reader.optimizer(owners[position])
+                instrument = replace(instrument, optimizer=stored.optimizer)
+                state = stored.mechanics(names, next(iter(parameters.values())).device)
+            if trace is None:
+                facts = _facts(instrument, len(moments), [*line.notes, *notes], is_known=bool(owners))
+                trace = Trace(facts, probe.tensors(), ", ".join(str(each.path) for each in moments), is_from_checkpoints=True)
+            assert moment.step is not None
+            snapshot = instrument.measure(state, at=(moment.step, time), previous=previous)
+        trace.append(replace(snapshot, learning_rates=moment.rates))
+        previous = snapshot.outputs
+        if progress is not None:
+            progress(position + 1, len(moments))
+    assert trace is not None
     return trace
 
 
-def _moment(content: Any, path: Path, time: float | None, position: int) -> tuple[float, int]:
-    """Find time and step of a checkpoint."""
-    step, rate = stored_step(content), stored_learning_rate(content)
-    if time is not None:
-        return float(time), position if step is None else step
-    if step is None or rate is None:
-        missing = " and ".join(name for name, value in (("step", step), ("learning rate", rate)) if value is None)
-        raise InputError(
-            f"{path} does not say its {missing}, so its optimizer time is unknown. Give --times t1,t2,... (learning rate * step)."
-        )
-    return step * rate, step
+def _owners_of_precond(moments: Sequence[SavedMoment]) -> tuple[list[Path], list[str]]:
+    """Choose for every checkpoint the file whose optimizer gives M; none if it is not known everywhere, with the reason."""
+    lacking = [moment for moment in moments if moment.reason]
+    first = moments[0]
+    if lacking:
+        count = f"{len(lacking)} of {len(moments)} files have no optimizer that can be used. " if len(lacking) > 1 else ""
+        return [], [PLAIN.format(why=f"{count}{lacking[0].reason}")]
+    for moment in moments:
+        if moment.kind != first.kind or moment.held != first.held:
+            what = "another kind of optimizer" if moment.kind != first.kind else "an optimizer of other parameters"
+            return [], [PLAIN.format(why=f"{moment.path} holds {what} than {first.path}.")]
+    stepped = [position for position, moment in enumerate(moments) if moment.has_stepped]
+    if not stepped or stepped[-1] != len(moments) - 1:
+        return [], [PLAIN.format(why=f"the optimizer in {moments[-1].path} has not stepped yet.")]
+    owners = [moments[next(later for later in stepped if later >= position)].path for position in range(len(moments))]
+    notes = list(dict.fromkeys(note for moment in moments for note in moment.notes))
+    notes += [
+        f"The optimizer in {moment.path} had not stepped, so its M was not yet known: that of {owner} is used at its weights."
+        for moment, owner in zip(moments, owners, strict=True)
+        if moment.path != owner
+    ]
+    return owners, notes
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load weights, saying what does not fit.
-
-    Args:
-        model: Any module.
-        weights: Its state dict.
-        path: Where they come from.
-
-    Raises:
-        InputError: If entries are missing, extra, or of another shape.
-    """
-    expected = model.state_dict()
-    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    shapes = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
-    if missing or extra or shapes:
-        parts = [
-            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("extra", extra), ("of another shape", shapes)) if names
-        ]
-        raise InputError(f"The weights in {path} do not fit the model: {'; '.join(parts)}. Is --model the model that was trained?")
-    model.load_state_dict(weights)
+def _plain(names: Sequence[str]) -> Mechanics:
+    """Make M = I."""
+    identity: dict[str, Tensor | float] = dict.fromkeys(names, 1.0)
+    return Mechanics(identity, None, None, identity, None)
 
 
-def _measure(model: nn.Module, probe: ProbeSet, step: int, time: float, previous: Tensor | None, budget: int) -> Snapshot:
-    """Take a snapshot of the model as it is."""
-    routes, coverage = probe_routes(model, probe.inputs, forward_fn=probe.forward_fn)
+def _facts(instrument: Instrument, count: int, notes: list[str], *, is_known: bool) -> RunFacts:
+    """Describe the run."""
+    facts = replace(describe_run(instrument, training_size=None, steps_per_epoch=None), notes=notes)
+    if is_known:
+        return replace(facts, optimizer=f"{facts.optimizer}, as saved in {count} checkpoints")
+    unknown = f"unknown ({count} bare checkpoints; plain gradient descent assumed)"
+    return replace(facts, optimizer=unknown, precond="identity", stability_edge=None, momentum_lag=0.0)
 
-    def kernel(inputs: Any, other: Any = None) -> Tensor:
-        return blockwise_gram(
-            model, inputs, other, routes=routes, coverage=coverage, outputs="full", precond=None, budget=budget, progress=None
-        ).cpu()
 
-    with undisturbed(model):
-        with torch.no_grad():
-            outputs = forward_rows(model, probe.inputs, probe.forward_fn).cpu()
-            query = None if probe.query_inputs is None else forward_rows(model, probe.query_inputs, probe.forward_fn).cpu()
-        return Snapshot(
-            step=step,
-            time=time,
-            learning_rates=(),
-            loss=probe.loss.value(outputs),
-            outputs=outputs,
-            gradient=probe.loss.gradient(outputs),
-            hessian=probe.loss.hessian_blocks(outputs),
-            mean_hessian=None if previous is None else probe.loss.mean_hessian_blocks(previous, outputs),
-            kernel_upper=pack_upper(kernel(probe.inputs)),
-            query_outputs=query,
-            cross_kernel=None if probe.query_inputs is None else kernel(probe.query_inputs, probe.inputs),
-            probe_hash=probe.hash,
-        )
+@contextmanager
+def _naming(path: Path) -> Generator[None, None, None]:
+    """Say of which file an error is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

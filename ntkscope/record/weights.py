@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError, UnsupportedError
+from ntkscope._checks import InputError, UnsupportedError, closest
 from ntkscope._display import Displayed
 from ntkscope.record.candidates import Candidate, find_candidates
 from ntkscope.record.prefixes import best_prefix, parts_of, without_wrappers
 
 LISTED = 8  # names written out in a sentence
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COUNTER = "num_batches_tracked"  # of BatchNorm: files of torch before 1.0 lack it, and nothing in evaluation needs it
+STATISTICS = ("running_mean", "running_var", COUNTER)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,42 @@ def unwrap(content: Any, source: str | Path, *, model: nn.Module | None = None, 
             kind = "quantized" if value.is_quantized else "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
             raise UnsupportedError(f"{source}: the weight {name!r} is {kind}. Save a state_dict of plain dense tensors.")
     return replace(found, weights=weights, prefixes=prefixes, **_differences(weights, expected, model is not None))
+
+
+def check_fit(found: Unwrapped) -> None:
+    """Check that weights fit the model they were compared with.
+
+    Args:
+        found: From `unwrap`.
+
+    Raises:
+        InputError: If entries are missing, extra, or of another shape; the message names near ones.
+    """
+    missing = [name for name in found.missing if name.rpartition(".")[2] != COUNTER]
+    shapes = [f"{name} ({what})" for name, what in found.reshaped.items()]
+    kinds = (("missing", missing), ("extra", found.extra), ("of another shape", shapes))
+    parts = [f"{kind} {_listed(names)}" for kind, names in kinds if names]
+    if parts:
+        near = closest(missing[0], found.extra).replace("Did you mean", f"Was {missing[0]!r} renamed from") if missing else ""
+        raise InputError(
+            f"The weights in {found.source} do not fit the model: {'; '.join(parts)}. Is --model the model that was trained?{near}"
+        )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load weights, saying what does not fit.
+
+    Args:
+        model: Any module.
+        weights: Its state dict.
+        path: Where they come from.
+
+    Raises:
+        InputError: If entries are missing, extra, or of another shape.
+    """
+    expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    check_fit(Unwrapped(str(path), "", (), "", (), (), weights, **_differences(weights, expected, True)))
+    model.load_state_dict(weights, strict=False)  # what may be missing was checked
 
 
 def _choose(candidates: list[Candidate], source: str | Path, key: str | None) -> tuple[Candidate, list[Candidate]]:
