@@ -99,6 +99,8 @@ def largest_eigval(matrix: Float[Tensor, "rows rows"]) -> float:
 
 def _residual(matrix: Tensor, eigvals: Tensor, eigvecs: Tensor) -> float:
     """Measure ‖(A − V Λ Vᵀ) z‖ and ‖(V Vᵀ − I) z‖ on a few fixed random vectors: O(N²), where all of A V costs as much as a product."""
+    if not len(matrix):
+        return 0.0  # a kernel of zero has no range
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(matrix), 4, generator=generator, dtype=matrix.dtype).to(matrix.device)
     coordinates = eigvecs.T @ probes

@@ -33,7 +33,8 @@ def batch_tensors(batch: Any) -> Iterator[Tensor]:
     else:
         raise InputTypeError(
             f"A batch must be a tensor, or tuples, lists and dicts of tensors, got {type(batch).__name__}. "
-            "Convert the inputs with torch.as_tensor, and give the model's call as `forward_fn(model, batch)` if it is an odd one."
+            "Convert the inputs with torch.as_tensor, and give the model's call as `forward_fn(model, batch)` (--forward SPEC) if it is "
+            "an odd one."
         )
 
 

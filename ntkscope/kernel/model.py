@@ -62,7 +62,8 @@ def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = No
     if not isinstance(outputs, Tensor):
         raise InputTypeError(
             f"The model must return a tensor of shape (examples, outputs), got {type(outputs).__name__}. "
-            "Give `forward_fn(model, batch)` that picks the tensor, for example `lambda model, batch: model(batch)[0]`."
+            "Give `forward_fn(model, batch)` that picks the tensor, for example `lambda model, batch: model(batch)[0]` "
+            "(--output 0, or --forward SPEC)."
         )
     if not outputs.is_floating_point():
         raise InputTypeError(f"The model must return real floating-point outputs (logits, not labels), got {outputs.dtype}.")

@@ -1,0 +1,322 @@
+"""Options that say what is loaded: odd models, data in many forms, models of Transformers, and what a checkpoint may run."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loading_case import Bomb
+from ntkscope_cli.app import app
+from ntkscope_cli.loading import parse_arguments
+from PIL import Image
+from safetensors.torch import save_file
+from test_integrations_transformers import Texts, arguments, callback_of, model_of
+from torch import nn
+from transformers import Trainer
+from typer.testing import CliRunner
+
+import ntkscope
+
+RUNNER = CliRunner()
+SPEC_FILE = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self, hidden, names):
+        super().__init__()
+        self.first, self.names = nn.Linear(3, hidden), names
+        self.last = nn.Linear(hidden, 2)
+
+    def forward(self, batch, scale=1.0):
+        x, shift = batch if isinstance(batch, tuple) else (batch, 0.0)
+        u = self.last(torch.tanh(self.first(x + shift))) * scale
+        return {"found": (None, u), "logits": u} if self.names else (None, u)
+
+def make(hidden=4, names=False): return Odd(hidden, names)
+def doubled(model, batch): return model(batch, scale=2.0)
+def data(): return torch.arange(18.0).reshape(6, 3).sin(), torch.tensor([0, 1, 1, 0, 1, 0])
+def pair(): x, y = data(); return (x, torch.ones(6, 1)), y
+number = 3
+"""
+
+
+def run(*words):
+    return RUNNER.invoke(app, [str(word) for word in words])
+
+
+def said(result):
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Weights of an odd model, a module with SPECs, and the folder as the working one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specs.py").write_text(SPEC_FILE)
+    names: dict[str, object] = {}
+    exec(SPEC_FILE, names)
+    torch.manual_seed(0)
+    torch.save(names["make"]().state_dict(), "weights.pt")
+    return tmp_path
+
+
+ON = ("--loss", "cross_entropy", "--continue", 4, "--out", "out", "--no-report", "--json")
+
+
+def summary_of(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+# --- models -------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True), st.integers() | st.booleans() | st.none() | st.text(), max_size=4)
+)
+def test_arguments_come_back_as_they_were_written(arguments):
+    assert parse_arguments([f"{name}={json.dumps(value)}" for name, value in arguments.items()]) == arguments
+
+
+def test_arguments_read_as_python_json_or_text():
+    texts = ["a=3", "b=1e-3", "c=true", "d=False", "e=(1, 2)", "f=relu", "g=", "h=a=b", "i=null", "j=[1]"]
+    expected = {"a": 3, "b": 1e-3, "c": True, "d": False, "e": (1, 2), "f": "relu", "g": "", "h": "a=b", "i": None, "j": [1]}
+    assert parse_arguments(texts) == expected
+
+
+def test_model_arguments_reach_the_function(folder):
+    right = run(
+        "analyze", "weights.pt", "--model", "specs.py:make", "--model-arg", "hidden=4", "--output", "1", "--data", "specs.py:data", *ON
+    )
+    assert summary_of(right)["num_params"] == 26
+    wrong = run(
+        "analyze", "weights.pt", "--model", "specs.py:make", "--model-arg", "hidden=5", "--output", "1", "--data", "specs.py:data", *ON
+    )
+    assert wrong.exit_code == 2
+    assert "first.weight" in said(wrong)
+    assert "do not fit the model" in said(wrong)
+
+
+@pytest.mark.parametrize(("is_named", "output"), [("false", "1"), ("true", "logits"), ("true", "found.1"), ("false", "-1")])
+def test_the_output_is_chosen_from_what_the_model_returns(is_named, output, folder):
+    common = ("analyze", "weights.pt", "--model", "specs.py:make", "--model-arg", f"names={is_named}", "--data")
+    plain = summary_of(run(*common, "specs.py:data", "--output", output, *ON))
+    pair = summary_of(run(*common, "specs.py:pair", "--output", output, *ON))
+    assert plain["loss"] != pair["loss"]  # the pair's shift reached the model
+    twice = summary_of(run(*common, "specs.py:data", "--output", output, "--forward", "specs.py:doubled", *ON))
+    assert twice["loss"] != plain["loss"]
+
+
+def test_check_takes_odd_models_too(folder):
+    common = ("check", "weights.pt", "--model", "specs.py:make", "--data", "specs.py:pair")
+    right = run(*common, "--output", "1")
+    assert right.exit_code == 0, right.output
+    assert "agrees with autograd" in right.stdout
+    assert "--output" in said(run(*common))
+
+
+def test_a_recorded_run_of_an_odd_model_is_audited_with_its_call(folder):
+    names: dict[str, object] = {}
+    exec(SPEC_FILE, names)
+    torch.manual_seed(0)
+    model, (inputs, targets) = names["make"](), names["data"]()
+    call = lambda module, batch: module(batch)[1]  # noqa: E731
+    recorder = ntkscope.Recorder(model, (inputs, targets), loss="cross_entropy", audit=True, forward_fn=call)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    recorder.attach(optimizer)
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(call(model, inputs), targets).backward()
+        optimizer.step()
+    torch.save(recorder.state_dict(), "recorded.pt")
+    result = run("analyze", "recorded.pt", "--model", "specs.py:make", "--output", "1", "--out", "out", "--json", "--no-report")
+    assert summary_of(result)["gate"]["audit"] is not None
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_forms(folder, inputs, targets):
+    """The same examples in every form that --data takes; images hold them to 1 part in 255."""
+    np.savez("data.npz", x=inputs.numpy(), labels=targets.numpy())
+    torch.save((inputs, targets), "data.pt")
+    save_file({"inputs": inputs, "targets": targets}, "data.safetensors")
+    rows = [",".join([*(f"{float(v)!r}" for v in x), str(int(y))]) for x, y in zip(inputs, targets, strict=True)]
+    (folder / "data.csv").write_text("\n".join(["a,b,c,label", *rows]))
+
+
+@pytest.mark.parametrize("name", ["data.npz", "data.pt", "data.safetensors", "data.csv"])
+def test_every_form_of_data_is_the_same(name, folder):
+    names: dict[str, object] = {}
+    exec(SPEC_FILE, names)
+    write_forms(folder, *names["data"]())
+    common = ("analyze", "weights.pt", "--model", "specs.py:make", "--output", "1", "--data")
+    assert summary_of(run(*common, name, *ON))["loss"] == summary_of(run(*common, "specs.py:data", *ON))["loss"]
+
+
+def test_a_folder_of_images(folder):
+    values = torch.randint(256, (6, 4, 4), generator=torch.Generator().manual_seed(0))
+    for index, value in enumerate(values):
+        place = folder / "images" / ("cat" if index % 2 else "ant")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(value.numpy().astype("uint8")).save(place / f"{index}.png")
+    (folder / "net.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))\n")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    torch.save(model.state_dict(), "image.pt")
+    found = summary_of(run("analyze", "image.pt", "--model", "net.py:make", "--data", "images", *ON))
+    inputs = values[[0, 2, 4, 1, 3, 5]].float() / 255
+    expected = nn.functional.cross_entropy(model(inputs), torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert found["loss"]["start"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --- Transformers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fine_tuned(tmp_path, monkeypatch):
+    """Checkpoint folders that Trainer wrote, one beside a record, and their data."""
+    monkeypatch.chdir(tmp_path)
+    texts = Texts()
+    callback = callback_of(texts)
+    trainer = Trainer(
+        model=model_of(), args=arguments(tmp_path / "runs", save_strategy="steps", save_steps=2), train_dataset=texts, eval_dataset=texts
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    np.savez("tokens.npz", input_ids=texts.ids.numpy(), attention_mask=texts.mask.numpy(), labels=texts.labels.numpy())
+    return tmp_path
+
+
+TASK = ("--task", "sequence-classification", "--data", "tokens.npz", "--loss", "cross_entropy", "--out", "out", "--no-report", "--json")
+
+
+def test_folders_of_a_trainer_become_a_trajectory_without_any_code(fine_tuned):
+    for record in fine_tuned.glob("runs/*/ntkscope.pt"):
+        record.unlink()
+    folders = [f"runs/checkpoint-{step}" for step in (4, 2, 8, 6)]
+    summary = summary_of(run("analyze", *folders, *TASK))
+    assert summary["num_snapshots"] == 4
+    assert summary["window"]["stop_step"] <= 8
+    one = summary_of(run("analyze", folders[0], *TASK, "--continue", 4))
+    assert one["num_examples"] == 12
+    right = run("inspect", folders[0], "--task", "sequence-classification")
+    assert right.exit_code == 0, right.output
+    assert "They fit the model." in right.stdout
+    assert "matched to parameters" in right.stdout
+    assert "Stored: step 4, learning rate 0.01." in right.stdout
+
+
+def test_the_record_in_a_trainers_folder_is_found(fine_tuned):
+    found = run("inspect", "runs/checkpoint-8")
+    assert "Next: ntkscope analyze runs/checkpoint-8" in found.stdout
+    direct = summary_of(run("analyze", "runs/checkpoint-8/ntkscope.pt", "--out", "out", "--json", "--no-report"))
+    assert summary_of(run("analyze", "runs/checkpoint-8", "--out", "out", "--json", "--no-report")) == direct
+
+
+def test_bad_configurations_get_one_message(fine_tuned):
+    place = fine_tuned / "runs" / "checkpoint-2" / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {"model_type": "no-such-model", "architectures": ["Nothing"]}))
+    result = run("analyze", "runs/checkpoint-2", *TASK, "--continue", 2)
+    assert result.exit_code == 2
+    assert "transformers makes no model for sequence-classification" in said(result)
+    # A configuration that brings its own code: it is not run.
+    (fine_tuned / "runs" / "checkpoint-2" / "evil.py").write_text("open('exploded', 'w')\n")
+    place.write_text(
+        json.dumps(
+            config | {"model_type": "own", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}}
+        )
+    )
+    result = run("analyze", "runs/checkpoint-2", *TASK, "--continue", 2)
+    assert result.exit_code == 2
+    assert not (fine_tuned / "exploded").exists()
+
+
+# --- what a checkpoint may run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["analyze", "inspect", "check"])
+def test_globals_are_allowed_one_by_one(command, folder):
+    state = torch.load("weights.pt", weights_only=True)
+    torch.save({"model": state, "count": collections.Counter(a=1), "kind": type(nn.Linear(1, 1))}, "rich.pt")
+    specs = ("--model", "specs.py:make")
+    more = {
+        "analyze": (*specs, "--data", "specs.py:data", "--output", "1", *ON),
+        "check": (*specs, "--data", "specs.py:data", "--output", "1"),
+        "inspect": specs,
+    }[command]
+    refused = run(command, "rich.pt", *more)
+    assert refused.exit_code == 2
+    assert "torch.nn.modules.linear.Linear" in said(refused)
+    assert "--allow-global torch.nn.modules.linear.Linear" in said(refused)
+    allowed = run(command, "rich.pt", *more, "--allow-global", "torch.nn.modules.linear.Linear", "--allow-global", "collections.Counter")
+    assert allowed.exit_code == 0, allowed.output
+
+
+@pytest.mark.filterwarnings("default:.*--unsafe-load:UserWarning")
+@pytest.mark.parametrize("command", ["analyze", "inspect", "check"])
+def test_unsafe_loading_is_loud(command, folder):
+    torch.save({"model": torch.load("weights.pt", weights_only=True), "bomb": Bomb(folder / "exploded")}, "bomb.pt")
+    specs = ("--model", "specs.py:make")
+    more = {
+        "analyze": (*specs, "--data", "specs.py:data", "--output", "1", *ON, "--quiet"),
+        "check": (*specs, "--data", "specs.py:data", "--output", "1"),
+        "inspect": specs,
+    }[command]
+    assert run(command, "bomb.pt", *more).exit_code == 2
+    assert not (folder / "exploded").exists()
+    result = run(command, "bomb.pt", *more, "--unsafe-load")
+    assert result.exit_code == 0, result.output
+    assert "warning: bomb.pt is loaded with --unsafe-load: code inside it runs with your permissions" in said(result)
+    assert (folder / "exploded").exists()
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------------
+
+MODEL = ("--model", "specs.py:make")
+DATA = ("--data", "specs.py:data")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*MODEL, "--model-arg", "hidden", *DATA, *ON), "'hidden' is no argument. Give NAME=VALUE, for example hidden=64."),
+        ((*MODEL, "--model-arg", "a b=3", *DATA, *ON), "'a b=3' is no argument"),
+        ((*MODEL, "--model-arg", "hidden=3", "--model-arg", "hidden=4", *DATA, *ON), "'hidden' is given twice. Give it once."),
+        ((*MODEL, "--model-arg", "hiden=3", *DATA, *ON), "failed when called with hiden=3: TypeError"),
+        (("--model-arg", "hidden=3", *DATA, *ON), "there is no --model to give it to"),
+        ((*MODEL, *DATA, "--forward", "specs.py:number", *ON), "something of type int. Name a function of (model, batch)."),
+        ((*MODEL, *DATA, "--forward", "specs.py:doubld", *ON), "Did you mean 'doubled'?"),
+        ((*MODEL, *DATA, *ON), "must return a tensor"),
+        ((*MODEL, *DATA, "--output", "2", *ON), "has no part '2': it is a tuple with positions 0 to 1"),
+        ((*MODEL, *DATA, "--output", "0", *ON), "Output '0' of the model is a NoneType, not a tensor"),
+        ((*MODEL, *DATA, "--task", "translation", *ON), "'translation' is none of sequence-classification"),
+        ((*MODEL, *DATA, "--task", "regression", "--output", "0", *ON), "A task already says how the model is called"),
+        ((*MODEL, *DATA, "--task", "regression", *ON), "A task passes inputs by name, got a batch of type Tensor"),
+        ((*MODEL, "--data", "gone.csv", *ON), "gone.csv cannot be read as a table"),
+        ((*MODEL, "--data", "none", *ON), "none holds no images"),
+        ((*MODEL, "--data", "targetless.npz", *ON), "with the entries `inputs` and `targets`; it has x, z."),
+        ((*MODEL, *DATA, "--loss", "cross_entropy", "--continue", 0), "'--continue'"),
+        ((*MODEL, "--loss", "cross_entropy", "--continue", 3), "needs all of `model`, `data` and `loss`"),
+        (("weights.pt", *MODEL, *DATA, *ON), "it goes on from one checkpoint, got 2"),
+    ],
+)
+def test_bad_options_get_one_message(words, message, folder):
+    (folder / "none").mkdir()
+    np.savez("targetless.npz", x=np.ones(3), z=np.ones(3))
+    result = run("analyze", "weights.pt", *words)
+    assert message in said(result)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert not (folder / "out").exists()
+
+
+def test_bad_check_without_a_model(folder):
+    result = run("check", "--data", "specs.py:data")
+    assert result.exit_code == 2
+    assert "Give --model SPEC, or --task NAME and a folder with config.json." in said(result)
