@@ -124,7 +124,7 @@ def test_a_recorded_run_of_an_odd_model_is_audited_with_its_call(folder):
     exec(SPEC_FILE, names)
     torch.manual_seed(0)
     model, (inputs, targets) = names["make"](), names["data"]()
-    call = lambda module, batch: module(batch)[1]  # noqa: E731
+    call = lambda module, batch: module(batch)[1]  # ruff: ignore[lambda-assignment]
     recorder = ntkscope.Recorder(model, (inputs, targets), loss="cross_entropy", audit=True, forward_fn=call)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     recorder.attach(optimizer)

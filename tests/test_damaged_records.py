@@ -1,6 +1,7 @@
 """A recorder's state that was damaged or edited by hand gets a message, whatever is wrong with it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def paths(part, path=()):
 
 
 STATE = make_state()
+NEXT_STEP = re.compile(r"\b(Copy|[Rr]ecord|Remove|Resume|Give|Check|Use|Choose|Raise|Train|update)\b")
 WRONG = (None, -1, "x", [], {}, float("nan"), torch.ones(2), torch.ones(3, 3))
 
 
@@ -49,8 +51,11 @@ def outcome(state):
     try:
         ntkscope.analyze(trace_from_state(state, "the file")).summary()
     except ntkscope.UserError as error:
-        return str(error)
-    return None
+        message = str(error)
+    else:
+        return None
+    assert NEXT_STEP.search(message), message
+    return message
 
 
 @pytest.mark.parametrize("path", list(paths(STATE)), ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
-from ntkscope.record.fields import check_fields
+from ntkscope.record.fields import RESCUE, check_fields
 
 SCHEMA = "ntkscope.trace/3"
 OLD_SCHEMAS = ("ntkscope.trace/1", "ntkscope.trace/2")
@@ -118,10 +118,10 @@ def facts_from(values: Mapping[str, Any], source: str, schema: str) -> RunFacts:
         InputError: If something is missing, unknown or of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{source} is damaged: its facts are {type(values).__name__}, not a table.")
+        raise InputError(f"{source} is damaged: its facts are {type(values).__name__}, not a table. {RESCUE}")
     if schema in OLD_SCHEMAS:
         values = NEW_FACTS | dict(values)
     check_fields(RunFacts, values, source)
     if values["outputs"] not in KERNEL_FORMS:
-        raise InputError(f"{source} is damaged: `outputs` must be one of {KERNEL_FORMS}, got {values['outputs']!r:.60}.")
+        raise InputError(f"{source} is damaged: `outputs` must be one of {KERNEL_FORMS}, got {values['outputs']!r:.60}. {RESCUE}")
     return RunFacts(**dict(values))

@@ -8,6 +8,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ntkscope._checks import InputError
 
+RESCUE = "Copy it again or use an earlier file, else record the run again."
+
 
 def check_fields(kind: type, values: Mapping[str, Any], source: str, *, names: set[str] | None = None) -> None:
     """Check that values have the types of a dataclass's fields, and that numbers are finite.
@@ -25,10 +27,10 @@ def check_fields(kind: type, values: Mapping[str, Any], source: str, *, names: s
     expected = {field.name for field in fields(kind)} if names is None else names
     if set(values) != expected:
         missing, unknown = sorted(expected - set(values)), sorted(map(str, set(values) - expected))
-        raise InputError(f"{source} is damaged, or of an unfinished version: fields missing {missing}, unknown {unknown}.")
+        raise InputError(f"{source} is damaged, or of an unfinished version: fields missing {missing}, unknown {unknown}. {RESCUE}")
     for name in expected:
         if not _fits(values[name], hints[name]):
-            raise InputError(f"{source} is damaged: `{name}` must be {hints[name]}, got {values[name]!r:.60}.")
+            raise InputError(f"{source} is damaged: `{name}` must be {hints[name]}, got {values[name]!r:.60}. {RESCUE}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ntkscope._checks import InputError
 from ntkscope._display import Displayed
 from ntkscope.record.facts import SCHEMA, RunFacts, check_schema, facts_from
+from ntkscope.record.fields import RESCUE
 from ntkscope.record.files import read_numbers, read_snapshot, read_tensor
 from ntkscope.record.pictures import COLOUR, GREY, MAX_SIDE
 from ntkscope.record.retiming import Retiming
@@ -105,7 +106,10 @@ class Trace(Displayed):
             raise InputError(f"{at} is of another probe set than the trace (their hashes differ). Remove it, or record the run again.")
         shape = (facts.num_examples, facts.num_classes)
         if tuple(snapshot.outputs.shape) != shape:
-            raise InputError(f"{at} has outputs {tuple(snapshot.outputs.shape)}, the trace {shape}: it is of another probe or model.")
+            raise InputError(
+                f"{at} has outputs {tuple(snapshot.outputs.shape)}, the trace {shape}: it is of another probe or model. "
+                "Remove it, or record the run again."
+            )
         size = facts.num_examples * (1 if facts.outputs == "trace" else facts.num_classes)
         if snapshot.kernel_upper.numel() != size * (size + 1) // 2:
             raise InputError(
@@ -113,7 +117,7 @@ class Trace(Displayed):
                 f"{facts.num_examples} examples and {facts.num_classes} classes takes {size * (size + 1) // 2}. Record the run again."
             )
         if (snapshot.cross_kernel is None) == (facts.num_query > 0):
-            raise InputError(f"{at} and the trace disagree on whether there is a query set.")
+            raise InputError(f"{at} and the trace disagree on whether there is a query set. Remove it, or record the run again.")
 
     def append(self, snapshot: Snapshot) -> None:
         """Add a snapshot.
@@ -158,7 +162,7 @@ def trace_from_state(state: Mapping[str, Any], source: str) -> Trace:
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"The recorder's state in {source} is damaged: {error!r}.") from error
+        raise InputError(f"The recorder's state in {source} is damaged: {error!r}. {RESCUE}") from error
     return trace
 
 
@@ -185,7 +189,7 @@ def load_trace(folder: Path) -> Trace:
         probe = load_file(folder / "probe.safetensors")
         schema, values = content.get("schema"), content["facts"]
     except (ValueError, KeyError, AttributeError, TypeError, OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"The trace in {folder} is damaged: {error}.") from error
+        raise InputError(f"The trace in {folder} is damaged: {error}. {RESCUE}") from error
     check_schema(schema, str(manifest))
     facts = facts_from(values, str(manifest), schema)
     probe = _probe(probe, facts, str(folder))
