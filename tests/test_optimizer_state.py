@@ -39,6 +39,12 @@ OPTIMIZERS = {
     "momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01),
     "nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.8, nesterov=True),
     "gated": lambda m: GatedAdamW(m.parameters(), lr=0.01, gate="hard", alpha="unbiased"),
+    "nadam": lambda m: torch.optim.NAdam(m.parameters(), lr=0.01, weight_decay=0.1),
+    "nadam decoupled": lambda m: torch.optim.NAdam(m.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    "radam": lambda m: torch.optim.RAdam(m.parameters(), lr=0.01),
+    "radam adapting": lambda m: torch.optim.RAdam(m.parameters(), lr=0.01, betas=(0.9, 0.9999)),
+    "radam groups": lambda m: torch.optim.RAdam(split_groups(m, **SPLIT), betas=(0.9, 0.99)),
+    "adamax": lambda m: torch.optim.Adamax(m.parameters(), lr=0.01, weight_decay=0.1),
     "gated groups": lambda m: GatedAdamW(split_groups(m, lr=0.01), gate="soft", decay="gated"),
 }
 
@@ -304,11 +310,11 @@ BAD = {
     "one beta": (lambda: changed((*GROUP, "betas"), (0.9,)), "options that make no sense .*two numbers"),
     "lr": (lambda: changed((*GROUP, "lr"), "fast"), "options that make no sense"),
     "maximize": (lambda: changed((*GROUP, "maximize"), True), "The optimizer maximizes.* Minimize the negated"),
-    "foreign adam": (lambda: changed((*ENTRY, "qmap"), torch.ones(2)), "is not of SGD, Adam.*qmap.* Its M is unknown. Record the run"),
+    "foreign adam": (
+        lambda: changed((*ENTRY, "qmap"), torch.ones(2)),
+        "is not of SGD, Adam.*qmap.* may gate or scale.* Its M is unknown. Record the run",
+    ),
     "foreign sgd": (foreign_sgd, "is not of SGD, Adam.*trust_ratio.* Its M is unknown"),
-    "radam": (lambda: trained(lambda m: torch.optim.RAdam(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*precond="),
-    "nadam": (lambda: trained(lambda m: torch.optim.NAdam(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*mu_product"),
-    "adamax": (lambda: trained(lambda m: torch.optim.Adamax(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*exp_inf"),
     "rmsprop": (lambda: trained(lambda m: torch.optim.RMSprop(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*square_avg"),
     "adagrad": (lambda: trained(lambda m: torch.optim.Adagrad(m.parameters()))[1].state_dict(), "is not of SGD, Adam.*sum"),
 }

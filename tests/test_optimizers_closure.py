@@ -10,6 +10,7 @@ from ntkscope.dynamics.agreement import GradientAgreement, gradient_agreement
 from ntkscope.record.rescale import rescaled
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+NAdam, RAdam, Adamax = torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax
 # Momentum lags by a second-order amount, a few steps of the whole run (theory.md section 2): four times as many steps, a quarter as long.
 SLOW = {"steps": 800, "schedule": 40}
 ADAPTIVE = {"schedule": "log", "tolerance": 0.002}  # M of the Adam family moves fast at first
@@ -37,6 +38,11 @@ RUNS = {
     "adam_coupled": (lambda m: Adam(m.parameters(), lr=3e-4, weight_decay=0.05), ADAPTIVE),
     "adamw": (lambda m: AdamW(m.parameters(), lr=3e-4, weight_decay=0.5), ADAPTIVE),
     "adamw_fused": (lambda m: AdamW(m.parameters(), lr=3e-4, weight_decay=0.5, fused=True), ADAPTIVE),
+    "nadam": (lambda m: NAdam(m.parameters(), lr=3e-4), ADAPTIVE),
+    "nadam_decoupled": (lambda m: NAdam(m.parameters(), lr=3e-4, weight_decay=0.5, decoupled_weight_decay=True), ADAPTIVE),
+    "radam": (lambda m: RAdam(m.parameters(), lr=3e-4, betas=(0.9, 0.98)), ADAPTIVE),
+    "radam_coupled": (lambda m: RAdam(m.parameters(), lr=3e-4, betas=(0.9, 0.98), weight_decay=0.05), ADAPTIVE),
+    "adamax": (lambda m: Adamax(m.parameters(), lr=3e-4, weight_decay=0.05), ADAPTIVE),
     "cosine": (lambda m: SGD(m.parameters(), lr=0.04), {"setup": cosine}),
     "step_schedule": (lambda m: SGD(m.parameters(), lr=0.04), {"setup": halving}),
     "groups": (groups, {}),

@@ -16,7 +16,8 @@ from ntkscope.record.formats.kinds import kind_of
 from ntkscope.record.formats.safetensor_files import read_index, read_safetensors
 from ntkscope.record.formats.script import read_script
 from ntkscope.record.formats.torch_file import read_torch_legacy, read_torch_zip
-from ntkscope.record.optimizer_state import find_optimizers, stored_number
+from ntkscope.record.optimizer_kinds import stored_number
+from ntkscope.record.optimizer_state import find_optimizers
 from ntkscope.record.weights import unwrap
 
 STEP_KEYS = ("step", "global_step", "steps", "iteration", "iter", "num_steps", "current_step")

@@ -3,24 +3,26 @@
 The optimizer is made again around the saved state, nothing is stepped or copied, and M is read from it as from a live one.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam
 
 from ntkscope._checks import InputError, UnsupportedError, check_finite
 from ntkscope._display import Displayed
 from ntkscope.gate.optimizer import GatedAdamW
+from ntkscope.record.foreign_states import DIAGONALS, as_adam, notes_on
 from ntkscope.record.matching import Match, match_parameters
-from ntkscope.record.optimizer_kinds import AGAIN, REAL, check_group, recognize, shape_of
-from ntkscope.record.optimizers import Clock, check_supported, mechanics, momentum_lag, stability_edge
+from ntkscope.record.optimizer_kinds import AGAIN, REAL, check_group, recognize, shape_of, stored_number
+from ntkscope.record.optimizers import Clock, Mechanics, PrecondFn, check_supported, mechanics, momentum_lag, stability_edge
 
 SEARCH_DEPTH = 4
+# What else is an Adam is made as one, with a diagonal of its own.
+MAKERS: dict[str, type[Optimizer]] = {"sgd": SGD, "nadam": NAdam, "radam": RAdam, "adamax": Adamax, "gate": GatedAdamW}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class StoredOptimizer(Displayed):
     Attributes:
         source: The file.
         key: Keys that lead to it, joined by dots.
-        kind: "sgd", "adam" (also AdamW) or "gate".
+        kind: "sgd", "adam" (also AdamW), "nadam", "radam", "adamax", "fused adam", "transformers adamw", "adabelief" or "gate".
         matched: How its entries were matched to parameters.
         others: Keys of other optimizers in the file.
         left_out: Parameters that it does not hold.
@@ -43,6 +45,8 @@ class StoredOptimizer(Displayed):
         decay: Direction of weight decay; None where no group decays.
         momentum_lag: Steps by which momentum makes the flow lag.
         stability_edge: θ of theory.md section 2.
+        optimizer: Made again around the saved state, for its settings.
+        notes: What the state leaves open, and how it was taken.
     """
 
     source: str
@@ -60,6 +64,38 @@ class StoredOptimizer(Displayed):
     decay: dict[str, Tensor] | None
     momentum_lag: float
     stability_edge: float | None
+    optimizer: Optimizer = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether M is known: SGD's always is, that of the Adam family after its first step."""
+        return any(bool((value != 0).any()) if isinstance(value, Tensor) else value != 0 for value in self.ungated.values())
+
+    def mechanics(self, names: Sequence[str], device: torch.device) -> Mechanics:
+        """Put what was read as a recorder puts what a live optimizer did.
+
+        Args:
+            names: Of the trained parameters, in the order of the record.
+            device: Of the model.
+
+        Returns:
+            M, decay and gates of these parameters.
+        """
+
+        def placed(found: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
+            return {name: value.to(device) if isinstance(value := found[name], Tensor) else value for name in names}
+
+        decay, gates, opened = self.decay, self.gates, None
+        if gates is not None:
+            opened = torch.tensor([float((gates[name] > 0.5).double().mean()) for name in names], dtype=torch.float64)
+        return Mechanics(
+            precond=placed(self.precond),
+            decay=None if decay is None else {name: decay[name].to(device) for name in names},
+            gate_open=opened,
+            ungated=placed(self.ungated),
+            gates=None if gates is None else {name: gates[name].to(device) for name in names},
+        )
 
 
 def find_optimizers(content: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -72,22 +108,6 @@ def find_optimizers(content: Any) -> list[tuple[str, dict[str, Any]]]:
         Keys joined by dots, and the state with its `state` by entry and its `param_groups`.
     """
     return list(_search(content, "", SEARCH_DEPTH, set()))
-
-
-def stored_number(value: Any) -> float | int | None:
-    """Read a number that may be a tensor.
-
-    Args:
-        value: Anything from a file.
-
-    Returns:
-        The number; None if it is none, or not finite.
-    """
-    if isinstance(value, Tensor):
-        is_plain = value.numel() == 1 and value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
-        value = value.item() if is_plain else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def read_optimizer(content: Any, parameters: Mapping[str, Tensor], source: str | Path, *, key: str | None = None) -> StoredOptimizer:
@@ -104,7 +124,7 @@ def read_optimizer(content: Any, parameters: Mapping[str, Tensor], source: str |
 
     Raises:
         InputError: If there is none, it is damaged, or it does not match the parameters.
-        UnsupportedError: If it is of another optimizer than SGD, Adam, AdamW and GatedAdamW.
+        UnsupportedError: If it is of an optimizer whose M is not known from what it stores.
     """
     found = find_optimizers(content)
     if key is not None:
@@ -148,10 +168,12 @@ def _search(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple
 def _read(state: dict[str, Any], parameters: Mapping[str, Tensor], source: str, key: str) -> StoredOptimizer:
     """Read one optimizer."""
     place = f"{source}, the optimizer's state" + (f" under `{key}`" if key else "")
-    groups, entries = state["param_groups"], _entries(state)
+    groups, entries = state["param_groups"], entries_of(state)
     kind = recognize(groups[0], entries, place)
     for group in groups:
         check_group(group, kind, place)
+    notes = notes_on(kind, groups)
+    groups, entries = as_adam(kind, groups, entries)
     match = match_parameters(groups, [shape_of(entry, place) for entry in entries], parameters, place)
     odd = next((name for names in match.names for name in names if parameters[name].dtype not in REAL), None)
     if odd is not None:
@@ -162,7 +184,7 @@ def _read(state: dict[str, Any], parameters: Mapping[str, Tensor], source: str, 
     steps = [int(found) for entry in entries if (found := stored_number(entry.get("step"))) is not None]
     clock = Clock(step=max(steps, default=0), buildup=[_steady(group) for group in groups])
     clock.tick(optimizer)
-    known = mechanics(optimizer, held, clock, at=dict(held), precond=None)
+    known = mechanics(optimizer, held, clock, at=dict(held), precond=_foreign_precond(kind))
     for name, diagonal in known.precond.items():
         if isinstance(diagonal, Tensor):
             check_finite(f"M of {name!r}, from {place},", diagonal, AGAIN)
@@ -182,11 +204,21 @@ def _read(state: dict[str, Any], parameters: Mapping[str, Tensor], source: str, 
         decay=known.decay,
         momentum_lag=momentum_lag(optimizer),
         stability_edge=stability_edge(optimizer),
+        optimizer=optimizer,
+        notes=notes,
     )
 
 
-def _entries(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """List the states of all entries, group after group; empty ones have had no gradient. Some formats write numbers as text."""
+def entries_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the states of all entries, group after group.
+
+    Args:
+        state: From `find_optimizers`.
+
+    Returns:
+        One per entry; empty for those that have had no gradient.
+    """
+    # Some formats write numbers as text.
     found = []
     for group in state["param_groups"]:
         for each in group["params"]:
@@ -200,12 +232,14 @@ def _remade(
     kind: str, groups: Sequence[Mapping[str, Any]], entries: list[dict[str, Any]], match: Match, held: dict[str, nn.Parameter], place: str
 ) -> Optimizer:
     """Make the optimizer again, around its saved state."""
-    maker: Any = {"sgd": SGD, "adam": Adam, "gate": GatedAdamW}[kind]
+    maker: Any = MAKERS.get(kind, Adam)
     optimizer: Optimizer = maker([{"params": [held[name] for name in names]} for names in match.names], lr=0.1)
     order = [held[name] for names in match.names for name in names]
     for own, saved in zip(optimizer.param_groups, groups, strict=True):
         own.update({name: value for name, value in saved.items() if name != "params"})
     for parameter, entry in zip(order, entries, strict=True):
+        if "mu_product" in entry and not 0 <= (stored_number(entry["mu_product"]) or 0.0) < 1:
+            raise InputError(f"{place} is damaged: an entry's mu_product is outside [0, 1). {AGAIN}")
         if "step" in entry:
             step = stored_number(entry["step"])
             if step is None or step < 1:
@@ -213,6 +247,20 @@ def _remade(
         if entry:
             optimizer.state[parameter] = entry
     return optimizer
+
+
+def _foreign_precond(kind: str) -> PrecondFn | None:
+    """Give the M of an optimizer that torch does not have; None for one that `mechanics` knows."""
+    diagonal = DIAGONALS.get(kind)
+    if diagonal is None:
+        return None
+
+    def precond(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float:
+        state = optimizer.state.get(parameter)
+        group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
+        return diagonal(group, state) if state else 0.0
+
+    return precond
 
 
 def _steady(group: Mapping[str, Any]) -> float:

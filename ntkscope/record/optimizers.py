@@ -10,14 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from ntkscope._checks import UnsupportedError
 from ntkscope.gate.optimizer import GatedAdamW
 from ntkscope.gate.step import resolve_alpha
+from ntkscope.record.diagonals import Diagonal, adam_diagonal, adamax_diagonal, nadam_diagonal, radam_diagonal
 
 PrecondFn = Callable[[Optimizer, nn.Parameter], Tensor | float]
-ADAMS = (Adam, AdamW, GatedAdamW)
+DIAGONALS: dict[type[Optimizer], Diagonal] = {
+    Adam: adam_diagonal,
+    AdamW: adam_diagonal,
+    NAdam: nadam_diagonal,
+    RAdam: radam_diagonal,
+    Adamax: adamax_diagonal,
+}
+ADAMS = (*DIAGONALS, GatedAdamW)
+NAMES = "SGD, Adam, AdamW, NAdam, RAdam, Adamax and GatedAdamW"
 
 
 def check_supported(optimizer: Optimizer, precond: PrecondFn | None) -> None:
@@ -32,7 +41,7 @@ def check_supported(optimizer: Optimizer, precond: PrecondFn | None) -> None:
     """
     if precond is None and type(optimizer) not in (SGD, *ADAMS):
         raise UnsupportedError(
-            f"{type(optimizer).__name__} is not among SGD, Adam, AdamW and GatedAdamW, so its preconditioner is unknown. "
+            f"{type(optimizer).__name__} is not among {NAMES}, so its preconditioner is unknown. "
             "Give it: attach(optimizer, precond=lambda optimizer, parameter: <diagonal of M, a tensor or number>)."
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -52,7 +61,10 @@ def describe(optimizer: Optimizer) -> str:
     shown = ("lr", "momentum", "nesterov", "betas", "weight_decay", "gate", "alpha")
     settings = ", ".join(f"{key}={_plain(group[key])}" for key in shown if group.get(key))
     more = f", {len(optimizer.param_groups)} groups" if len(optimizer.param_groups) > 1 else ""
-    return f"{type(optimizer).__name__}({settings}{more})"
+    is_adamw = type(optimizer) is Adam and group.get(
+        "decoupled_weight_decay"
+    )  # as AdamW is since torch 2.7, and when made again from a file
+    return f"{'AdamW' if is_adamw else type(optimizer).__name__}({settings}{more})"
 
 
 def stability_edge(optimizer: Optimizer) -> float | None:
@@ -62,9 +74,11 @@ def stability_edge(optimizer: Optimizer) -> float | None:
         optimizer: The user's.
 
     Returns:
-        θ of the first group; None for a user's own optimizer.
+        θ of the first group; None for a user's own optimizer, and for NAdam, whose momentum grows along the run.
     """
     group = optimizer.param_groups[0]
+    if isinstance(optimizer, NAdam):
+        return None
     if isinstance(optimizer, ADAMS):
         beta = float(group["betas"][0])
         return 2 * (1 + beta) / (1 - beta)
@@ -292,17 +306,15 @@ def received_gradients(optimizer: Optimizer, parameters: dict[str, nn.Parameter]
 
 
 def _ungated(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Tensor | float:
-    """Compute M⁰: one for SGD, 1/(√v̂ + ε) for the Adam family (amsgrad: the largest v so far)."""
+    """Compute M⁰: one for SGD, for the Adam family as in `diagonals`."""
     if isinstance(optimizer, GatedAdamW):
         return optimizer.preconditioner_of(parameter)
-    if not isinstance(optimizer, ADAMS):
+    diagonal = DIAGONALS.get(type(optimizer))
+    if diagonal is None:
         return 1.0
-    state = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" not in state:
-        return 0.0  # no gradient so far: Adam has not moved it
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    correction = 1 - float(group["betas"][1]) ** float(state["step"])
-    return (second.float() if second.dtype != torch.float64 else second).div(correction).sqrt_().add_(group["eps"]).reciprocal_()
+    state = optimizer.state.get(parameter)
+    # Without a gradient so far Adam has not moved it.
+    return diagonal(group, state) if state else 0.0
 
 
 def _is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:

@@ -138,8 +138,8 @@ class Recorder(Recording, Displayed):
         """Start recording the steps of `optimizer`.
 
         Args:
-            optimizer: SGD, Adam, AdamW or GatedAdamW; others, their subclasses included, with `precond`. Wrappers of Lightning and
-                Accelerate are looked through.
+            optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax or GatedAdamW; others, their subclasses included, with `precond`. Wrappers
+                of Lightning and Accelerate are looked through.
             precond: For other optimizers: `precond(optimizer, parameter)`, the diagonal M of its last step.
 
         Raises:
