@@ -110,7 +110,11 @@ def analyze(
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Do not audit the gate.")] = False,
     device: Annotated[
         str,
-        typer.Option(metavar="DEVICE", autocompletion=completed(DEVICES), help="Where to decompose matrices: auto, cpu, cuda, mps."),
+        typer.Option(
+            metavar="DEVICE",
+            autocompletion=completed(DEVICES),
+            help="Where to run the model (cpu, cuda) and decompose matrices: auto, cpu, cuda, mps.",
+        ),
     ] = "auto",
     out: Annotated[
         Path,
@@ -146,7 +150,10 @@ def analyze(
             audit = False if no_audit else ntkscope.AuditOptions(gate=gate, alpha=multiple)  # pyright: ignore[reportArgumentType]
             stages.begin("loading model and data" if model or data or query else "reading the record")
             trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
+            place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             network, call = open_model(model, model_arg, task, paths), open_forward(forward, output, task)
+            if network is not None and place.startswith("cuda"):
+                network.to(place)
             probe, held_out = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
             is_bare = network is not None or probe is not None
             if steps_on is not None:
@@ -183,7 +190,7 @@ def analyze(
                 jackknife=jackknife,
                 rescale_time=rescale_time,
                 audit=audit,
-                device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+                device=place,
                 max_memory=limit,
                 progress=stages.update,
                 stage=stages.begin,
