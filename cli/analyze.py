@@ -142,6 +142,7 @@ def analyze(
             import torch
 
             import ntkscope
+            from ntkscope._checks import check_device
             from ntkscope.record.source import find_trace
             from ntkscope.record.spec import load_data
             from ntkscope.spectrum.cutoffs import parse_rule
@@ -152,6 +153,7 @@ def analyze(
             trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
             place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             network, call = open_model(model, model_arg, task, paths), open_forward(forward, output, task)
+            check_device(place)
             if network is not None and place.startswith("cuda"):
                 network.to(place)
             probe, held_out = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
