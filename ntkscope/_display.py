@@ -1,4 +1,4 @@
-"""The one lazy door from results to `view/`: importing ntkscope must not load plotly, jinja2 or rich.
+"""The one lazy door from results to `view/` and `interop/`: importing ntkscope must not load plotly, jinja2, rich, pandas or xarray.
 
 This is the only module allowed to import inside a function (tests/test_layering.py).
 """
@@ -88,5 +88,35 @@ def to_frame(columns: dict[str, list[Any]], *, index: str) -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise UnsupportedError("pandas is not installed: pip install pandas, or use to_csv(path) or table().") from error
+        raise UnsupportedError("pandas is not installed: pip install 'ntkscope[interop]', or use table().") from error
     return pandas.DataFrame(columns).set_index(index)
+
+
+def gram_to_dataset(gram: Any, examples: Any, others: Any) -> Any:
+    """Make an xarray dataset of a kernel.
+
+    Args:
+        gram: The kernel.
+        examples: Names of its rows' examples, or None.
+        others: Of its columns', or None.
+
+    Returns:
+        The dataset.
+    """
+    from ntkscope.interop import arrays
+
+    return arrays.gram_dataset(gram, examples, others)
+
+
+def analysis_to_dataset(analysis: Any) -> Any:
+    """Make an xarray dataset of an analysis.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        The dataset.
+    """
+    from ntkscope.interop import arrays
+
+    return arrays.analysis_dataset(analysis)

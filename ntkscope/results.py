@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntkscope._display import Displayed, Plots, write_comparison, write_report
+from ntkscope._display import Displayed, Plots, analysis_to_dataset, to_frame, write_comparison, write_report
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
 from ntkscope.dynamics.diffusion import Diffusion
@@ -114,6 +114,23 @@ class History(Displayed):
     example_residual: Float[Tensor, "snapshots examples"]
     signal_share: Float[Tensor, " snapshots"]
     is_refined: list[bool]
+
+    def table(self) -> dict[str, list[Any]]:
+        """List the snapshots, one row each.
+
+        Returns:
+            Columns by name: those that have one number per snapshot.
+        """
+        columns = {name: getattr(self, name).tolist() for name in ("loss", "predicted_loss", "gradient_error", "signal_share")}
+        return {"step": self.steps, "time": self.times.tolist(), **columns, "is_refined": self.is_refined}
+
+    def to_pandas(self) -> Any:
+        """Turn the table into a `pandas.DataFrame`.
+
+        Returns:
+            The frame, indexed by step.
+        """
+        return to_frame(self.table(), index="step")
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,31 @@ class Analysis(Displayed):
             JSON-able values; what is infinite or undefined is null.
         """
         return summarize(self)
+
+    def to_pandas(self) -> dict[str, Any]:
+        """Turn the tables into frames of pandas.
+
+        Returns:
+            "examples", one row per example; "history", one per snapshot; "spectrum", one per direction; "cutoffs", one per rule.
+
+        Raises:
+            UnsupportedError: If pandas is not installed.
+        """
+        names = ("rule", "threshold", "rank", "note")
+        cutoffs = {name: [getattr(cutoff, name) for cutoff in self.cutoffs.values()] for name in names}
+        frames = {"examples": self.examples, "history": self.history, "spectrum": self.spectrum}
+        return {name: holder.to_pandas() for name, holder in frames.items()} | {"cutoffs": to_frame(cutoffs, index="rule")}
+
+    def to_xarray(self) -> Any:
+        """Turn what was found per example, direction and snapshot into an `xarray.Dataset`, which `to_netcdf` writes as it is.
+
+        Returns:
+            The dataset; operators and directions, which are N x N, are left out: see `tensors()`.
+
+        Raises:
+            UnsupportedError: If xarray is not installed.
+        """
+        return analysis_to_dataset(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """List all arrays, by the name they have in results.safetensors.

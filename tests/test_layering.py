@@ -30,6 +30,7 @@ LAYERS = [
     ["tables"],
     ["analysis"],
     ["integrations"],
+    ["interop"],
     ["jumps"],
     ["view"],
     ["experiments"],
@@ -44,7 +45,10 @@ OPTIMIZER = {path.stem for path in (ROOT / "gate").glob("*.py")} - {
     *("audit_options", "audit_results", "audit_step", "channel", "compared", "figures"),
     *("population_risk", "variance", "variance_ratio", "verdict"),
 }  # fmt: skip
-HEAVY = {"plotly", "jinja2", "rich", "typer", "sklearn", "lightning", "transformers", "accelerate", "tensorboard", "wandb", "mlflow"}
+HEAVY = {
+    *("plotly", "jinja2", "rich", "typer", "sklearn", "xarray"),
+    *("lightning", "transformers", "accelerate", "tensorboard", "wandb", "mlflow"),
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -75,7 +79,7 @@ def violations(path):
             continue
         if is_inside and own not in ("_display", "experiments"):
             yield f"imports {module} inside a function"
-        if top in HEAVY and own not in ("view", "experiments", "integrations"):
+        if top in HEAVY and own not in ("view", "experiments", "integrations", "interop"):
             yield f"imports {top}"
         if top == "ntkscope" and own != "_display":
             target = part_of(module)

@@ -41,7 +41,7 @@ RUNS = {
     "nadam": (lambda m: NAdam(m.parameters(), lr=3e-4), ADAPTIVE),
     "nadam_decoupled": (lambda m: NAdam(m.parameters(), lr=3e-4, weight_decay=0.5, decoupled_weight_decay=True), ADAPTIVE),
     "radam": (lambda m: RAdam(m.parameters(), lr=3e-4, betas=(0.9, 0.98)), ADAPTIVE),
-    "radam_coupled": (lambda m: RAdam(m.parameters(), lr=3e-4, betas=(0.9, 0.98), weight_decay=0.05), ADAPTIVE),
+    "radam_coupled": (lambda m: RAdam(m.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05), ADAPTIVE),
     "adamax": (lambda m: Adamax(m.parameters(), lr=3e-4, weight_decay=0.05), ADAPTIVE),
     "cosine": (lambda m: SGD(m.parameters(), lr=0.04), {"setup": cosine}),
     "step_schedule": (lambda m: SGD(m.parameters(), lr=0.04), {"setup": halving}),

@@ -1,16 +1,17 @@
 """The front door of the kernel engine."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntkscope._checks import InputError, check_choice, check_device, check_finite, check_memory
-from ntkscope._display import Displayed
+from ntkscope._display import Displayed, gram_to_dataset
 from ntkscope._types import BatchNormMode, ForwardFn, GramMethod, KernelOutputs, LossFn
 from ntkscope.kernel.batch import count_examples, take, to_device
 from ntkscope.kernel.blocks import DEFAULT_MEMORY, blockwise_grams, complete
@@ -45,6 +46,29 @@ class Gram(Displayed):
     outputs: KernelOutputs
     coverage: Coverage
     by_layer: dict[str, Float[Tensor, "rows columns"]] | None = field(default=None)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Give the matrix to numpy, so that SciPy and scikit-learn take a kernel as it is."""
+        array = self.matrix.detach().cpu().numpy()
+        return np.array(array, dtype=dtype, copy=True) if copy else np.asarray(array, dtype=dtype)
+
+    def to_xarray(self, *, examples: Sequence[Any] | None = None, others: Sequence[Any] | None = None) -> Any:
+        """Turn into an `xarray.Dataset` whose `kernel` has the dimensions example and example_, for "full" also output and output_.
+
+            gram.to_xarray(examples=ids).kernel.sel(example="a", example_="b")
+
+        Args:
+            examples: Names of the rows' examples; 0, 1, ... if not given.
+            others: Names of the columns' examples; if not given, those of the rows where the kernel is symmetric, else 0, 1, ...
+
+        Returns:
+            The dataset; with `by_layer` also `kernel_by_layer`.
+
+        Raises:
+            InputError: If there are not as many names as examples.
+            UnsupportedError: If xarray is not installed.
+        """
+        return gram_to_dataset(self, examples, others)
 
 
 def ntk_gram(

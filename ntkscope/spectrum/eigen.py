@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ntkscope._checks import InputError
-from ntkscope._display import Displayed
+from ntkscope._display import Displayed, to_frame
 from ntkscope._eigh import eigh
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.spectrum.whitening import OUTSIDE_TOLERANCE, Whitening
@@ -44,6 +45,28 @@ class Spectrum(Displayed):
     def residual_energy(self) -> Float[Tensor, " modes"]:
         """Squared residual along every direction, (v_iᵀh)², summed over columns."""
         return squared_rows(self.eigvecs.T @ self.residual)
+
+    def table(self) -> dict[str, list[Any]]:
+        """List all directions, ω descending. κ belongs to directions of its own, so that it is no column.
+
+        Returns:
+            Columns by name; `removed_loss` = ½ ω (v_iᵀh)² is what training removed along the direction, without weight decay's own part.
+        """
+        energy = self.residual_energy
+        return {
+            "mode": list(range(len(energy))),
+            "eigval": self.eigvals.tolist(),
+            "residual_energy": energy.tolist(),
+            "removed_loss": (0.5 * self.eigvals * energy).tolist(),
+        }
+
+    def to_pandas(self) -> Any:
+        """Turn the table into a `pandas.DataFrame`.
+
+        Returns:
+            The frame, indexed by mode.
+        """
+        return to_frame(self.table(), index="mode")
 
 
 def squared_rows(coordinates: Float[Tensor, "rows ..."]) -> Float[Tensor, " rows"]:
