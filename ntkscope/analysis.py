@@ -24,6 +24,7 @@ from ntkscope.findings import (
     abstention,
     agreement_of,
     clean_gradient,
+    density_of,
     diffusion_of,
     drift_of,
     has_query_path,
@@ -320,6 +321,7 @@ def _conclude(
         examples=examples,
         history=history,
         warnings=_warnings(trace, closure, chosen, stability),
+        density=density_of(walk, end.index, device=device),
     )
 
 
@@ -350,6 +352,7 @@ def _closure(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, agre
             kinked=tuple(facts.kinked),
             is_trace=walk.form.is_trace,
             stated=None if agreement is None else agreement.warnings(),
+            is_from_checkpoints=trace.is_from_checkpoints,
         ),
     )
 

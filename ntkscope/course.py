@@ -142,18 +142,32 @@ class Course:
         stops = np.unique(np.linspace(self.start, self.stop, min(num_legs, self.stop - self.start) + 1).round().astype(int)).tolist()
         first = self.read(stops[0])
         for begin, end in pairwise(stops):
-            last = self.read(end)
-            elapsed = last.snapshot.time - first.snapshot.time
-            blocks = torch.zeros_like(last.snapshot.hessian)
-            before = first.snapshot.time
-            for position in range(begin + 1, end + 1):
-                snapshot = last.snapshot if position == end else self.trace[position]
-                share = (snapshot.time - before) / elapsed if elapsed > 0 else 1.0 / (end - begin)
-                blocks += share * _mean_hessian(snapshot)
-                before = snapshot.time
-            piece = self._piece(((first, 0.5), (last, 0.5)), self.form.blocks(blocks), elapsed)
-            yield Leg(first, last, piece, (), max(first.snapshot.kernel_eps, last.snapshot.kernel_eps))
-            first = last
+            leg = self.span(first, begin, end)
+            yield leg
+            first = leg.stop
+
+    def span(self, first: Moment, begin: int, end: int) -> Leg:
+        """Take several intervals as one trapezoid.
+
+        Args:
+            first: The snapshot at `begin`.
+            begin: Index of a snapshot in the trace.
+            end: Index of a later one.
+
+        Returns:
+            The way between them.
+        """
+        last = self.read(end)
+        elapsed = last.snapshot.time - first.snapshot.time
+        blocks = torch.zeros_like(last.snapshot.hessian)
+        before = first.snapshot.time
+        for position in range(begin + 1, end + 1):
+            snapshot = last.snapshot if position == end else self.trace[position]
+            share = (snapshot.time - before) / elapsed if elapsed > 0 else 1.0 / (end - begin)
+            blocks += share * _mean_hessian(snapshot)
+            before = snapshot.time
+        piece = self._piece(((first, 0.5), (last, 0.5)), self.form.blocks(blocks), elapsed)
+        return Leg(first, last, piece, (), max(first.snapshot.kernel_eps, last.snapshot.kernel_eps))
 
     def _leg(self, position: int) -> Leg:
         """Prepare one interval."""

@@ -1,13 +1,16 @@
 """What an analysis concludes beside the spectrum: each function takes the walk and gives one result, or the reason why not."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntkscope.course import Course, Leg, factor_leg
 from ntkscope.dynamics.agreement import GradientAgreement, gradient_agreement
-from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT, Closure
+from ntkscope.dynamics.closure import ENERGY_LIMIT, GRADIENT_LIMIT, LOSS_FLOOR, Closure
+from ntkscope.dynamics.density import MIN_SNAPSHOTS, Density, Pair, Stage, judge_density, spacing_error
 from ntkscope.dynamics.diffusion import MIN_STEPS, Diffusion, measure_diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift, frozen_query_motion
@@ -243,3 +246,43 @@ def diffusion_of(walk: Walk, stop: int, spectrum: Spectrum, bound: ProbeLoss | N
         first_epoch=0 if epoch is None else -start.step % epoch,
     )
     return moved, ""
+
+
+def density_of(walk: Walk, stop: int, *, device: torch.device | str | None) -> Density | None:
+    """Say whether bare checkpoints are dense enough; where the window holds too few, those of the whole walk. None for a record."""
+    trace, rows = walk.course.trace, walk.history
+    if not trace.is_from_checkpoints:
+        return None
+    rows = rows if stop + 1 < MIN_SNAPSHOTS else rows[: stop + 1]
+    first, last = rows[0].snapshot, rows[-1].snapshot
+    gradient, decrease = walk.form.field(last.gradient), first.loss - last.loss
+    energy_error = abs(rows[-1].state_energy - decrease) / max(abs(decrease), LOSS_FLOOR * abs(first.loss), torch.finfo(torch.float64).tiny)
+    found = None
+    if len(rows) >= MIN_SNAPSHOTS:
+        course = Course(trace, walk.course.start, walk.course.start + len(rows) - 1, loss=None)
+        found = spacing_error(_pairs(course, device), last_gradient=gradient, decrease=decrease)
+    return judge_density(
+        found,
+        is_close=energy_error <= ENERGY_LIMIT and rows[-1].gradient_error <= GRADIENT_LIMIT,
+        last_gradient=gradient,
+        decrease=decrease,
+        steps=(first.step, last.step),
+        num_snapshots=len(rows),
+        largest_kernel_step=max(row.kernel_step for row in rows),
+    )
+
+
+def _pairs(course: Course, device: torch.device | str | None) -> Iterator[Pair]:
+    """Factor the intervals of a course two by two."""
+
+    def stage(leg: Leg) -> Stage:
+        (piece,) = factor_leg(leg, device=device)
+        return Stage(piece.interval, piece.forcing, leg.start.gradient)
+
+    before: Leg | None = None
+    for position, leg in enumerate(course.legs()):
+        is_overlapping = position % 2 == 0 and course.start + position + 1 == course.stop
+        if before is not None and (position % 2 or is_overlapping):
+            begin = course.start + position - 1
+            yield Pair(stage(before), stage(leg), stage(course.span(before.start, begin, begin + 2)), is_overlapping)
+        before = leg

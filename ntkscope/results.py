@@ -13,6 +13,7 @@ from torch import Tensor
 from ntkscope._display import Displayed, Plots, analysis_to_dataset, to_frame, write_comparison, write_report
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
+from ntkscope.dynamics.density import Density
 from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
@@ -188,6 +189,7 @@ class Analysis(Displayed):
         examples: One row per example.
         history: One row per snapshot.
         warnings: What a reader must know.
+        density: Of a run of bare checkpoints: whether there are enough, and how many more are needed; None for a recorded run.
     """
 
     run: RunInfo
@@ -216,6 +218,7 @@ class Analysis(Displayed):
     examples: Examples
     history: History
     warnings: tuple[str, ...]
+    density: Density | None = None
 
     @property
     def plot(self) -> Plots:

@@ -49,6 +49,7 @@ def summarize(analysis: Any) -> dict[str, Any]:
         "forcing_share": closure.forcing_share,
         "trustworthy": closure.trustworthy,
         "causes": list(closure.causes),
+        "density": None if analysis.density is None else asdict(analysis.density) | {"sentence": analysis.density.sentence},
         "kernel_drift": {"kernel": analysis.drift.kernel, "max": analysis.drift.max, "final": analysis.drift.final},
         "stability": analysis.stability,
         "cutoff": {"rule": analysis.channels.rule, "value": analysis.channels.threshold},

@@ -1,6 +1,8 @@
 """Kernels and analyses in numpy, SciPy, pandas and xarray: the numbers are those of the results, by name."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +217,16 @@ def test_the_removed_loss_of_all_directions_is_the_dissipated_energy():
     """The oracle is the quadratic form of theory.md section 3 in the plain coordinates of outputs."""
     plain = RUNS["plain"]()
     assert plain.spectrum.to_pandas()["removed_loss"].sum() == pytest.approx(plain.closure.energy_predicted, rel=1e-9)
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "interop.md").read_text(encoding="utf-8")
+    names: dict = {}
+    with torch.random.fork_rng():
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+            exec(block, names)
+    assert (tmp_path / "run.nc").exists()
+    assert names["accuracy"] > 0.5
+    assert names["failure"] == 0
+    assert set(names["analysis"].to_xarray().data_vars) <= set(re.findall(r"`(\w+)`", page))

@@ -60,6 +60,7 @@ class Circumstances:
         kinked: Kinds of activations with kinks (ReLU): a kernel jumps where one crosses its kink, and no rule can follow that.
         is_trace: Whether classes share one kernel, an approximation.
         stated: What measurements of the received gradients say of scale and missing terms, as sentences; None where none were made.
+        is_from_checkpoints: Whether snapshots are bare checkpoints, of which there may be more, and not a recorder's.
     """
 
     stability: float
@@ -71,6 +72,7 @@ class Circumstances:
     kinked: tuple[str, ...] = ()
     is_trace: bool = False
     stated: tuple[str, ...] | None = None
+    is_from_checkpoints: bool = False
 
 
 def measure_closure(
@@ -145,9 +147,12 @@ def _likely_causes(found: Circumstances) -> tuple[str, ...]:
             "how much of the error is its."
         )
     if found.largest_kernel_step > LARGE_STEP:
+        what, remedy = ("checkpoints", "Give more of them") if found.is_from_checkpoints else (
+            "snapshots", "Record with a smaller `tolerance` or `drift`"
+        )  # fmt: skip
         causes.append(
-            f"Too few snapshots: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
-            "Record with a smaller `tolerance` or `drift`, or end the window earlier."
+            f"Too few {what}: between two of them the kernel moved by {found.largest_kernel_step:.0%} of its size. "
+            f"{remedy}, or end the window earlier."
         )
     if found.momentum_lag > 1:
         causes.append(
@@ -183,6 +188,7 @@ def _scale_cause(found: Circumstances) -> tuple[str, ...]:
         return ()
     return (
         f"Loss scale: from snapshot to snapshot the loss fell {found.scale_ratio:.2f} times as much as the gradients there predict. "
-        "Give the recorder the loss at the scale you train with, and check gradient clipping and loss scaling; "
+        f"Give the {'loss' if found.is_from_checkpoints else 'recorder the loss'} at the scale you train with, and check "
+        f"{'--times, the learning rate, ' if found.is_from_checkpoints else ''}gradient clipping and loss scaling; "
         "few snapshots and minibatch noise can do the same.",
     )

@@ -25,6 +25,7 @@ LEADING = {
     ),
     "Examples": ("ids", "labels", "is_noise", "abstains"),
     "Closure": ("trustworthy", "energy_error", "gradient_error", "query_error"),
+    "Density": ("verdict", "num_snapshots", "needed", "gradient_spacing", "gradient_rest"),
     "GateAudit": ("verdict.kind", "kind", "alpha", "is_counterfactual", "steps"),
     "Transfer": ("fit.correlation", "fit.relative_error", "predictor_rank"),
     "Spectrum": ("eigvals", "effective_rank", "stable_rank"),
@@ -38,6 +39,7 @@ SHARES = {
     "energy_error", "gradient_error", "gradient_error_initial", "query_error", "relative_error", "forcing_share", "open_share",
     "decay_share", "removed_share", "reservoir_share", "reservoir_motion", "reservoir_train_share", "reservoir_query_share",
     "share_kept", "product_share", "differing", "open_streaming", "open_exact", "unexplained",
+    "energy_spacing", "energy_rest", "gradient_spacing", "gradient_rest", "largest_kernel_step",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ class Verdict:
     Attributes:
         is_good: Both errors are within their limits.
         short: A few words.
-        sentences: The errors, then what they mean.
+        sentences: The errors, then of bare checkpoints whether there are enough.
         causes: Likely causes, each with a remedy.
     """
 
@@ -166,9 +166,11 @@ def verdict(analysis: AnalysisLike) -> Verdict:
         f"Gradient at the window's end: predicted with an error of {percent(closure.gradient_error)} "
         f"(limit {100 * GRADIENT_LIMIT:.0f}{SPACE}%)."
     )
+    density = getattr(analysis, "density", None)
+    sentences = (energy, gradient) if density is None else (energy, gradient, density.sentence)
     if closure.trustworthy:
-        return Verdict(True, "Yes: prediction and run agree", (energy, gradient), ())
-    return Verdict(False, "Not as they stand: prediction and run disagree", (energy, gradient), tuple(closure.causes))
+        return Verdict(True, "Yes: prediction and run agree", sentences, ())
+    return Verdict(False, "Not as they stand: prediction and run disagree", sentences, tuple(closure.causes))
 
 
 def next_steps(analysis: AnalysisLike) -> list[str]:

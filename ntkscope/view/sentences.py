@@ -310,6 +310,7 @@ SENTENCES: dict[str, Callable[[Any], str]] = {
     "Compared": _compared,
     "Coverage": _coverage,
     "Cutoff": _cutoff,
+    "Density": lambda density: density.sentence,
     "Diffusion": lambda diffusion: _sentence(diffusion.sampler.reason),
     "Dissipation": _dissipation,
     "Drift": _drift,
