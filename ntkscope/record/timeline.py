@@ -53,7 +53,7 @@ def make_timeline(moments: Sequence[SavedMoment], times: Sequence[float] | None,
             )
     if len(line.moments) < 2:
         raise InputError(
-            f"All files hold the same moment as {line.moments[0].path}; a trajectory needs two or more. Give checkpoints of other steps."
+            f"All files hold the same moment as {moments[0].path}; a trajectory needs two or more. Give checkpoints of other steps."
         )
     return line
 

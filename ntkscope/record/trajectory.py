@@ -18,7 +18,7 @@ from ntkscope.record.facts import RunFacts
 from ntkscope.record.instrument import Instrument
 from ntkscope.record.opening import describe_run
 from ntkscope.record.optimizers import Mechanics
-from ntkscope.record.probe import make_probe
+from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.saved_moment import CheckpointReader, SavedMoment
 from ntkscope.record.timeline import Timeline, make_timeline
 from ntkscope.record.trace import Trace
@@ -77,28 +77,19 @@ def trace_from_checkpoints(
         )
     if times is not None and len(times) != len(files):
         raise InputError(f"--times needs one time per checkpoint: {len(files)} files, {len(times)} times.")
+    probe = make_probe(model, data, query, loss=loss, forward_fn=forward_fn, clean_targets=None)
     reader = CheckpointReader(model, allow_globals, unsafe)
     line = make_timeline(reader.survey(files), times, same_weights=reader.has_same_weights)
     own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
-        return _measured(line, reader, data, query, loss, forward_fn, DEFAULT_MEMORY if max_memory is None else max_memory, progress)
+        return _measured(line, reader, probe, DEFAULT_MEMORY if max_memory is None else max_memory, progress)
     finally:
         model.load_state_dict(own, strict=False)
 
 
-def _measured(
-    line: Timeline,
-    reader: CheckpointReader,
-    data: tuple[Any, Tensor],
-    query: tuple[Any, Tensor] | None,
-    loss: str | LossFn,
-    forward_fn: ForwardFn | None,
-    budget: int,
-    progress: Callable[[int, int], None] | None,
-) -> Trace:
+def _measured(line: Timeline, reader: CheckpointReader, probe: ProbeSet, budget: int, progress: Callable[[int, int], None] | None) -> Trace:
     """Load one file after another, and measure the model as it was."""
     model, moments = reader.model, line.moments
-    probe = make_probe(model, data, query, loss=loss, forward_fn=forward_fn, clean_targets=None)
     owners, notes = _owners_of_precond(moments)
     names = list(moments[0].held) if owners else list(select_parameters(model))
     trace: Trace | None = None
@@ -109,7 +100,7 @@ def _measured(
         with _naming(moment.path):
             parameters = select_parameters(model, names)  # finite
             if instrument is None:
-                routes, coverage = probe_routes(model, probe.inputs, params=names, forward_fn=forward_fn)
+                routes, coverage = probe_routes(model, probe.inputs, params=names, forward_fn=probe.forward_fn)
                 instrument = Instrument(model, probe, SGD(parameters.values(), lr=0.0), None, routes, coverage, budget, "full")
             state = _plain(names)
             if owners:
