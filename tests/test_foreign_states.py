@@ -147,10 +147,15 @@ def test_groups_keep_steps_of_their_own():
             parameter.grad = torch.full_like(parameter, 0.5)
         optimizer.step()
     optimizer.param_groups[1]["step"] = 7
-    found = read_optimizer(optimizer.state_dict(), parameters, "x.pt").precond
+    in_groups = optimizer.state_dict()
+    in_entries = copy.deepcopy(in_groups)
+    for index, group in enumerate(in_entries["param_groups"]):
+        in_entries["state"][index]["step"], group["step"] = group["step"], 0
     v = (1 - 0.999**3) * 0.25
     expected = {"weight": 1 / (0.5 + 1e-8), "bias": 1 / ((v / (1 - 0.999**7)) ** 0.5 + 1e-8)}
-    compare(found, {name: torch.full(shape, expected[name], dtype=torch.float64) for name, shape in SHAPES.items()})
+    for state in (in_groups, in_entries):
+        found = read_optimizer(state, parameters, "x.pt").precond
+        compare(found, {name: torch.full(shape, expected[name], dtype=torch.float64) for name, shape in SHAPES.items()})
 
 
 def test_parameters_without_gradient_have_not_moved():
