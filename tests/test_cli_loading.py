@@ -2,6 +2,7 @@
 
 import collections
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +136,20 @@ def test_a_recorded_run_of_an_odd_model_is_audited_with_its_call(folder):
     torch.save(recorder.state_dict(), "recorded.pt")
     result = run("analyze", "recorded.pt", "--model", "specs.py:make", "--output", "1", "--out", "out", "--json", "--no-report")
     assert summary_of(result)["gate"]["audit"] is not None
+
+
+def test_files_import_their_neighbours_and_packages_lie_in_the_working_folder(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "code").mkdir()
+    (folder / "code" / "neighbour_of_specs.py").write_text(SPEC_FILE)
+    (folder / "code" / "using.py").write_text("from neighbour_of_specs import make, pair\n")
+    (folder / "working_package").mkdir()
+    (folder / "working_package" / "nets.py").write_text(SPEC_FILE)
+    # What is installed comes first.
+    (folder / "json.py").write_text("raise RuntimeError('hidden')")
+    for module in ("code/using.py", "working_package.nets"):
+        found = run("analyze", "weights.pt", "--model", f"{module}:make", "--output", "1", "--data", f"{module}:pair", *ON)
+        assert summary_of(found)["num_params"] == 26
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def _try_once(name: str, bound: Callable[[Tensor], Tensor], outputs: Tensor, tar
         raise
     except Exception as error:
         raise InputError(
-            f"{call} failed: {error}. Mismatched probe and labels? The loss is called in float64, on the whole probe."
+            f"{call} failed: {str(error).rstrip('.')}. Mismatched probe and labels? The loss is called in float64, on the whole probe."
         ) from error
     if not isinstance(value, Tensor) or value.ndim != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

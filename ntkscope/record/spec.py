@@ -29,7 +29,7 @@ def load_callable(spec: str) -> Any:
     """Import what a SPEC names.
 
     Args:
-        spec: `pkg.module:name` or `file.py:name`.
+        spec: `pkg.module:name` or `file.py:name`. A file may import its neighbours, a module is looked for in the working folder too.
 
     Returns:
         The object.
@@ -40,6 +40,10 @@ def load_callable(spec: str) -> Any:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise InputError(f"SPEC {spec!r} must be `file.py:function` or `package.module:function`, for example net.py:make.")
+    # As Python does for a script, but last: what is installed is not hidden by a file that happens to lie there.
+    neighbours = str(Path(place).parent.absolute() if place.endswith(".py") else Path.cwd())
+    if neighbours not in sys.path:
+        sys.path.append(neighbours)
     try:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except InputError:
