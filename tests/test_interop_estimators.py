@@ -24,6 +24,7 @@ from sklearn.svm import SVC
 from torch import nn
 
 import ntkscope
+from ntkscope.interop import estimators
 from ntkscope.interop.estimators import NTKFeatures, NTKKernel
 
 RIDGE = 0.1
@@ -62,6 +63,22 @@ def test_the_kernel_has_scikit_learns_orientation(small):
     np.testing.assert_array_equal(features.transform(test), kernel(test, train))
     symmetric = NTKFeatures(kernel).fit_transform(train)
     np.testing.assert_array_equal(symmetric, symmetric.T)
+
+
+def test_the_training_kernel_is_computed_as_a_symmetric_one(small, monkeypatch):
+    model, train, test, *_ = small
+    others = []
+
+    def watched(model, inputs, other, **options):
+        others.append(other)
+        return ntkscope.ntk_gram(model, inputs, other, **options)
+
+    monkeypatch.setattr(estimators, "ntk_gram", watched)
+    SVC(kernel=NTKKernel(model)).fit(train, train[:, 0] > 0)
+    features = NTKFeatures(NTKKernel(model))
+    features.fit_transform(train)
+    features.transform(test)
+    assert [other is None for other in others] == [True, True, False]
 
 
 def closed_form(own, cross, targets):
