@@ -355,6 +355,13 @@ def test_refusals_say_what_to_do(change, options, message, tmp_path):
         read(paths, **options)
 
 
+def test_all_files_are_looked_at_before_a_kernel_is_computed(tmp_path):
+    paths, done = changed(tmp_path, narrow_weights), []
+    with pytest.raises(InputError, match=r"of another shape 2.bias"):
+        read(paths, progress=lambda *parts: done.append(parts))
+    assert done == []
+
+
 def test_without_any_learning_rate_numbers_in_names_are_steps_to_multiply(tmp_path):
     paths, _ = saved_run(tmp_path, OPTIMIZERS["sgd"], content=lambda state: state["model"])
     hint = r"\(nor do 3 more of 4 files\).* If the numbers in the names are steps, that is the learning rate times 4,8,12,20"
