@@ -8,6 +8,7 @@ from ntkscope.analysis import analyze
 from ntkscope.audit_price import AuditPrice, price_audit
 from ntkscope.dynamics.agreement import GradientAgreement
 from ntkscope.dynamics.closure import Closure
+from ntkscope.dynamics.density import Density
 from ntkscope.dynamics.diffusion import Diffusion
 from ntkscope.dynamics.dissipation import Dissipation
 from ntkscope.dynamics.drift import Drift
@@ -59,6 +60,7 @@ __all__ = [
     "price_gram",
     # dynamics
     "Closure",
+    "Density",
     "Diffusion",
     "Dissipation",
     "Drift",

@@ -124,7 +124,7 @@ def results():
     others = [
         recorder, recorder.trace, recorder.trace[1], price, coverage, ntkscope.ntk_gram(model, inputs, by_layer=True), operator,
         operator.top(2), moments, optimizer, optimizer.gate_statistics(), ntkscope.population_risk(moments), compared,
-        ntkscope.price_audit(recorder),
+        ntkscope.price_audit(recorder), ntkscope.analyze(dataclasses.replace(sgd.trace, is_from_checkpoints=True)).density,
     ]  # fmt: skip
     for each in others:
         parts_of(each, found)
