@@ -36,6 +36,8 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.checkpoint_density
 	$(BIN)/python -m benchmarks.kinks
 	$(BIN)/python -m benchmarks.noise_ranking
+	$(BIN)/python -m benchmarks.late_windows
+	$(BIN)/python -m benchmarks.inspect_speed
 	$(BIN)/python -m benchmarks.jumps
 	$(BIN)/python -m benchmarks.diffusion
 	$(BIN)/python -m benchmarks.uncertainty

@@ -27,8 +27,6 @@ SCALE, SEED = 10.0, 0
 def make(trained_layers: int = 1) -> nn.Module:
     """Make the encoder without weights; training moves its last layers only, as fine-tuning often does."""
     model = BertModel(BertConfig.from_json_file(FOLDER / "config.json"))
-    # The file is of an older version of transformers, which saved the positions too.
-    model.embeddings.register_buffer("position_ids", model.embeddings.position_ids, persistent=True)
     model.requires_grad_(False)
     for layer in list(model.encoder.layer)[-trained_layers:]:
         layer.requires_grad_(True)

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ntkscope.spectrum.examples import RECOMMENDED
-
 SCHEMA = "ntkscope.summary/2"
 
 
@@ -84,7 +82,7 @@ def summarize(analysis: Any) -> dict[str, Any]:
         },
         "kernel_velocity": float(analysis.drift.velocity[stop]),
         "refined_share": sum(analysis.history.is_refined[1 : stop + 1]) / stop,
-        "examples_ranked_by": RECOMMENDED,
+        "examples_ranked_by": analysis.examples.ranked_by,
         "examples_abstain": analysis.examples.abstains,
         "examples": [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)],
         "warnings": list(analysis.warnings),

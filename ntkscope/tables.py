@@ -11,7 +11,7 @@ from ntkscope.record.trace import Trace
 from ntkscope.results import GateStats, History
 from ntkscope.spectrum.channels import ChannelSplit, example_energy
 from ntkscope.spectrum.eigen import Spectrum
-from ntkscope.spectrum.examples import Examples, class_labels, crossing_times, margins
+from ntkscope.spectrum.examples import Examples, best_score, class_labels, crossing_times, margins
 from ntkscope.walk import Row, Walk
 
 NUM_LEADING = 3  # axes of the 3D view
@@ -71,11 +71,11 @@ def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: 
     labels = class_labels(targets, num_classes)
     true_labels = None if clean is None else class_labels(clean, num_classes)
     undefined = torch.full((num_examples,), torch.nan, dtype=torch.float64)
-    margin = average = undefined
+    margin = average = start = undefined
     if labels is not None:
         table = torch.stack([margins(row.snapshot.outputs.double(), labels) for row in rows])
         steps = torch.tensor([float(row.snapshot.step) for row in rows], dtype=torch.float64)
-        margin, average = table[-1], torch.trapezoid(table, steps, dim=0) / (steps[-1] - steps[0])
+        start, margin, average = table[0], table[-1], torch.trapezoid(table, steps, dim=0) / (steps[-1] - steps[0])
     in_reservoir = example_energy(channels.reservoir_part(spectrum.residual), spectrum.owner, num_examples)
     whole = example_energy(spectrum.residual, spectrum.owner, num_examples)
     times = history.times.tolist()
@@ -98,6 +98,7 @@ def examples_of(trace: Trace, spectrum: Spectrum, channels: ChannelSplit, rows: 
         residual_left=history.example_residual[-1],
         abstains=abstains,
         pictures=trace.probe.get("pictures"),
+        ranked_by=best_score(start, labels),
     )
 
 

@@ -16,6 +16,7 @@ from ntkscope._losses import NAMED_LOSSES
 from ntkscope.dynamics.diffusion import measure_diffusion
 from ntkscope.dynamics.drift import centered_alignment
 from ntkscope.experiments.demo import train_demo
+from ntkscope.view.suspects import order_words
 
 
 def trained(loss="squared", *, steps=120, lr=0.3, num_examples=24, clean=True, batch=None, weight_decay=0.0, **recording):
@@ -144,6 +145,16 @@ def test_examples_are_ranked_by_half_time(found):
     assert examples.ranking() == examples.ranking("half_time")
     assert found.summary()["examples_ranked_by"] == "half_time"
     assert examples.auroc["half_time"] > 0.9  # wrong labels inside a cluster are learned late
+
+
+def test_a_window_that_begins_late_is_ranked_by_loss():
+    trace = trained(steps=200).trace
+    late = ntkscope.analyze(trace, window=(60, 200))
+    assert late.examples.ranked_by == "loss"
+    assert late.examples.ranking() == late.examples.ranking("loss")
+    assert late.summary()["examples_ranked_by"] == "loss"
+    assert not late.examples.abstains
+    assert "most labels were learned before the window began" in order_words(late)
 
 
 def test_examples_that_never_got_there_come_first_the_least_learned_first():

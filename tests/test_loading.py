@@ -735,3 +735,13 @@ def test_the_bomb_of_these_tests_goes_off_where_nothing_stops_it(tmp_path):
     torch.save({"bomb": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert (tmp_path / "exploded").exists()
+
+
+def test_buffers_that_the_model_no_longer_saves_are_left_out():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    model[1].register_buffer("position_ids", torch.arange(4), persistent=False)
+    old = {**model.state_dict(), "1.position_ids": torch.arange(4)}
+    found = unwrap(old, "old.pt", model=model)
+    assert found.fits
+    assert found.left_out == ("1.position_ids",)
+    assert not unwrap(old | {"1.others": torch.ones(1)}, "old.pt", model=model).fits

@@ -161,7 +161,7 @@ def test_the_bert_embeds_as_published():
         first, second, third = embed(
             loaded(BERT), tokenize(["A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby."])
         )
-    assert float(first @ second) == pytest.approx(0.7553, abs=1e-3)  # as the documentation of Sentence Transformers prints it
+    assert float(first @ second) == pytest.approx(0.7553, abs=1e-3)  # measured once: other weights or tokens would change it
     assert float(first @ third) < 0.1
 
 

@@ -16,7 +16,7 @@ from ntkscope.dynamics.dissipation import accumulate, init
 from ntkscope.spectrum.channels import example_energy, split_channels
 from ntkscope.spectrum.cutoffs import Cutoff, apply_cutoff, parse_rule
 from ntkscope.spectrum.eigen import Spectrum, dissipation_spectrum, whitened_gramian
-from ntkscope.spectrum.examples import area_under_roc, class_labels, crossing_times, margins
+from ntkscope.spectrum.examples import area_under_roc, best_score, class_labels, crossing_times, margins
 from ntkscope.spectrum.whitening import whiten
 
 
@@ -226,6 +226,30 @@ def test_eigh_falls_back_when_a_driver_fails(monkeypatch):
 def test_eigh_refuses_what_is_not_finite():
     with pytest.raises(ntkscope.InputError, match="must be finite"):
         eigh(torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("labels", "right", "score"),
+    [
+        ([0, 1, 2, 3], 2, "half_time"),  # halfway from a quarter to all is 2.5 of 4
+        ([0, 1, 2, 3], 3, "loss"),
+        ([0, 0, 0, 1], 3, "half_time"),  # the largest class alone is no knowledge
+        ([0, 0, 0, 1], 4, "loss"),
+        ([0, 0, 0, 0], 4, "half_time"),  # nothing to tell apart
+        ([0, 0, 0, 0, 1, 1, 1, 1], 5, "half_time"),
+        ([0, 0, 0, 0, 1, 1, 1, 1], 6, "loss"),
+    ],
+)
+def test_examples_are_ranked_by_loss_where_most_were_right_already(labels, right, score):
+    margin = torch.tensor([1.0] * right + [-1.0] * (len(labels) - right))
+    assert best_score(margin, torch.tensor(labels)) == score
+    ignored = torch.tensor([*labels, -100])
+    assert best_score(torch.cat([margin, torch.tensor([torch.nan])]), ignored) == score
+
+
+def test_regression_is_ranked_by_half_time():
+    assert best_score(torch.full((4,), torch.nan), None) == "half_time"
+    assert best_score(torch.full((2,), torch.nan), torch.tensor([-100, -100])) == "half_time"
 
 
 def test_margins_and_labels():

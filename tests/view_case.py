@@ -154,6 +154,7 @@ def synthetic_analysis(
         self_influence=2 + 20 * noise,
         reservoir_energy=reservoir_energy,
         reservoir_share=reservoir_energy / energies,
+        ranked_by="half_time",
         half_time=times_to(0.5),
         quarter_time=times_to(0.25),
         residual_left=example_residual[-1],

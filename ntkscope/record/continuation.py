@@ -21,6 +21,7 @@ from ntkscope.record.trace import Trace
 from ntkscope.record.trajectory import load_weights
 from ntkscope.record.weights import unwrap
 
+UNBOUNDED = 1e9  # times the training time
 STEP_SIZE = 0.1  # learning rate * sharpness; a step of plain descent then differs from gradient flow by at most 5 %
 
 
@@ -74,7 +75,8 @@ def continue_training(
     try:
         load_weights(model, unwrap(content, checkpoint, model=model).weights, Path(checkpoint))
         model.eval()
-        recorder = Recorder(model, data, query, loss=loss, forward_fn=forward_fn, max_memory=max_memory)
+        # Recording may take what it takes: the run is made for it, and must not depend on how busy the machine is.
+        recorder = Recorder(model, data, query, loss=loss, forward_fn=forward_fn, max_overhead=UNBOUNDED, max_memory=max_memory)
         inputs, bound = recorder.probe.inputs, recorder.probe.loss
         rate = STEP_SIZE / _sharpness(model, inputs, bound, forward_fn, max_memory)
         optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=rate)

@@ -135,6 +135,12 @@ def unwrap(content: Any, source: str | Path, *, model: nn.Module | None = None, 
     expected = {} if model is None else {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     if expected:
         found, weights, prefixes = _fitted(found, chosen.weights, weights, prefixes, expected)
+    if model is not None:
+        # Buffers that the model does not save, but an older version of it did.
+        unsaved = {name for name, _ in model.named_buffers()} - expected.keys()
+        old = tuple(name for name in weights if name in unsaved)
+        found = replace(found, left_out=(*found.left_out, *old))
+        weights = {name: value for name, value in weights.items() if name not in unsaved}
     for name, value in weights.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             kind = "quantized" if value.is_quantized else "without data" if value.is_meta else str(value.layout).removeprefix("torch.")

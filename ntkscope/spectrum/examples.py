@@ -29,6 +29,9 @@ SUSPICIOUS_WHEN_LARGE = {
 # Of the scores made from the operators it ranked wrong labels best, or as well, in nearly every run measured, and it needs no cutoff and no
 # window that ends before interpolation. Margin and loss in such a window are about as good (benchmarks/RESULTS.md).
 RECOMMENDED = "half_time"
+# Where the window begins after most labels were learned, half-times do not compare: what is learned already has little left to lose, and
+# loses no half of it. The observed loss then found wrong labels best in every window measured (benchmarks/RESULTS.md).
+LATER = "loss"
 FROM_OPERATORS = {"reservoir_energy", "half_time", "quarter_time"}
 COLUMNS = (
     "reservoir_energy",
@@ -62,6 +65,8 @@ class Examples(Displayed):
         residual_left: Share of each example's squared residual that was left at the last snapshot: orders those whose times are infinite.
         abstains: Why nothing should be called suspicious (closure errors too large); empty where nothing speaks against it.
         pictures: Small pictures of the inputs; None where they are no images.
+        ranked_by: The score that finds wrong labels best in this window: "half_time", or "loss" where most labels were learned before it
+            began.
     """
 
     ids: list[int]
@@ -79,12 +84,13 @@ class Examples(Displayed):
     residual_left: Float[Tensor, " examples"]
     abstains: str = ""
     pictures: UInt8[Tensor, "examples height width channels"] | None = None
+    ranked_by: str = RECOMMENDED
 
-    def ranking(self, by: str = RECOMMENDED) -> list[int]:
+    def ranking(self, by: str | None = None) -> list[int]:
         """Order the examples, most suspicious first.
 
         Args:
-            by: Score to rank by: one of the columns.
+            by: Score to rank by: one of the columns; `ranked_by` if not given.
 
         Returns:
             Positions, most suspicious first.
@@ -92,6 +98,7 @@ class Examples(Displayed):
         Raises:
             InputError: If there is no such score, or it rests on operators that the closure errors say not to believe.
         """
+        by = self.ranked_by if by is None else by
         check_choice("by", by, SUSPICIOUS_WHEN_LARGE)
         if self.abstains and by in FROM_OPERATORS:
             raise InputError(
@@ -199,6 +206,24 @@ def class_labels(targets: Tensor, num_classes: int) -> Tensor | None:
         is_one_hot = bool((peaks == 1).all()) and bool((targets.double() >= 0).all())
         return targets.argmax(dim=1) if is_one_hot else None
     return None
+
+
+def best_score(margin: Float[Tensor, " examples"], labels: Tensor | None) -> str:
+    """Choose the score that examples are ranked by, from how much was learned when the window began.
+
+    Args:
+        margin: At the window's start.
+        labels: Integer labels; None for regression.
+
+    Returns:
+        "loss" where at least half of what the largest class leaves to be learned was: right answers lie halfway from its share to all;
+        else "half_time".
+    """
+    if labels is None:
+        return RECOMMENDED
+    known = margin[~torch.isnan(margin)]
+    largest = float(torch.bincount(labels[~torch.isnan(margin)]).max()) if len(known) else 0.0
+    return LATER if len(known) > largest and float((known > 0).sum()) >= 0.5 * (len(known) + largest) else RECOMMENDED
 
 
 def margins(outputs: Float[Tensor, "examples classes"], labels: Tensor) -> Float[Tensor, " examples"]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ntkscope.spectrum.examples import RECOMMENDED
 from ntkscope.view import comparison_words, findings
 from ntkscope.view.comparison_examples import STYLES, TOP
 from ntkscope.view.comparison_figures import COMPARISON_TEXTS, COMPARISONS, comparable
@@ -81,8 +80,8 @@ def _heldout_error(analysis: AnalysisLike) -> float:
 
 
 def _auroc(analysis: AnalysisLike) -> float:
-    """Read how well the recommended score finds planted wrong labels."""
-    return (analysis.examples.auroc or {}).get(RECOMMENDED, math.nan)
+    """Read how well the score that examples are ranked by finds planted wrong labels."""
+    return (analysis.examples.auroc or {}).get(analysis.examples.ranked_by, math.nan)
 
 
 def _open_gates(analysis: AnalysisLike) -> float:
@@ -133,7 +132,7 @@ NUMBERS: tuple[tuple[str, Measure, str, str], ...] = (
         "share",
         "Share of the error of examples with labels planted wrong that is gone at the window's end, a mean over these examples.",
     ),
-    ("wrong labels found", _auroc, "number", f"AUROC of {score_title(RECOMMENDED)} for them: 1 is perfect, 0.5 is chance."),
+    ("wrong labels found", _auroc, "number", "AUROC of the score that each ranks its examples by: 1 is perfect, 0.5 is chance."),
     ("kernel drift", lambda a: float(a.drift.max), "share", "Largest change of the kernel in the window, over its size at the start."),
     ("held-out error", _heldout_error, "share", "How far the predicted motion of held-out outputs is off."),
     ("gates open at the end", _open_gates, "share", "Share of parameters whose gate was open, or would have been, at the last snapshot."),

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntkscope.spectrum.examples import RECOMMENDED
 from ntkscope.view.words import AnalysisLike, counted
 
 SAME_PROBE = 0.5  # Cohen's kappa of labels in equal rows, from which on the rows are taken for the same examples
@@ -102,7 +101,8 @@ def common_rankings(first: AnalysisLike, second: AnalysisLike, matching: Matchin
     Returns:
         Positions in the matching, most suspicious first, by A and by B, without examples that lack a number in either; and the score.
     """
-    by = "loss" if first.examples.abstains or second.examples.abstains else RECOMMENDED
+    own = {"loss" if analysis.examples.abstains else analysis.examples.ranked_by for analysis in (first, second)}
+    by = own.pop() if len(own) == 1 else "loss"
     columns = [getattr(first.examples, by)[matching.first], getattr(second.examples, by)[matching.second]]
     known = ~torch.isnan(torch.stack(columns)).any(dim=0) if matching else torch.zeros(0, dtype=torch.bool)
     rankings = []

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ntkscope.spectrum.examples import RECOMMENDED
 from ntkscope.view.words import AnalysisLike, number, percent
 
 
@@ -111,9 +110,25 @@ def ranked_by(analysis: AnalysisLike) -> str:
         analysis: The result.
 
     Returns:
-        The recommended one (half-time), or "loss" where the table abstains.
+        The one that finds wrong labels best in this window; "loss" where the table abstains.
     """
-    return "loss" if analysis.examples.abstains else RECOMMENDED
+    return "loss" if analysis.examples.abstains else analysis.examples.ranked_by
+
+
+def order_words(analysis: AnalysisLike) -> str:
+    """Say in which order examples are listed, and why in another than usual.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Sentences.
+    """
+    if ranked_by(analysis) == "half_time":
+        return "Learned last comes first."
+    if analysis.examples.abstains:
+        return "Largest loss first."
+    return "Largest loss first: most labels were learned before the window began, so that half-times do not compare."
 
 
 def shown_scores(analysis: AnalysisLike, names: Sequence[str] | None = None) -> list[Score]:
@@ -174,7 +189,7 @@ def _column_texts(values: Sequence[float], score: Score) -> list[str]:
 
 
 def auroc_sentence(analysis: AnalysisLike) -> str:
-    """Say how well the recommended score finds the planted wrong labels, beside the best of the others.
+    """Say how well the score that examples are ranked by finds the planted wrong labels, beside the best of the others.
 
     Args:
         analysis: The result.
@@ -183,7 +198,7 @@ def auroc_sentence(analysis: AnalysisLike) -> str:
         Sentences; "" if the planted labels are unknown.
     """
     scores = analysis.examples.auroc
-    chosen = RECOMMENDED
+    chosen = analysis.examples.ranked_by
     if not scores or chosen not in scores:
         return ""
     own = scores[chosen]

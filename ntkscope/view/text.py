@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ntkscope.view.evidence import chance, gating, reach
 from ntkscope.view.findings import Verdict, headline, learned, next_steps, rule_words, stored, verdict
-from ntkscope.view.suspects import Score, Suspect, found_among, ranked_by, shown_scores, suspects
+from ntkscope.view.suspects import Score, Suspect, found_among, order_words, shown_scores, suspects
 from ntkscope.view.words import SPACE, AnalysisLike
 
 MAX_WIDTH = 100  # longer lines are hard to read
@@ -157,7 +157,7 @@ def _direction_words(rule: str) -> str:
 
 def _table_words(analysis: AnalysisLike) -> str:
     """Explain the order of the table, and its last row."""
-    first = "Largest loss first." if ranked_by(analysis) == "loss" else "Learned last comes first."
+    first = order_words(analysis)
     return f"{first} AUROC: 1 ranks wrong labels first, 0.5 is chance." if analysis.examples.auroc else first
 
 
