@@ -152,6 +152,14 @@ def test_files_import_their_neighbours_and_packages_lie_in_the_working_folder(fo
         assert summary_of(found)["num_params"] == 26
 
 
+def test_a_file_named_as_the_package_that_it_imports_does_not_stand_in_its_place(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "colorsys.py").write_text(f"import colorsys\nassert colorsys.rgb_to_hsv\n{SPEC_FILE}")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    found = run("analyze", "weights.pt", "--model", "colorsys.py:make", "--output", "1", "--data", "specs.py:data", *ON)
+    assert summary_of(found)["num_params"] == 26
+
+
 # --- data ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,8 @@ def forward_rows(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = No
     if outputs.ndim == 0 or outputs.shape[0] != num_examples:
         raise InputError(
             f"The model's output must have one row per example: the batch has {num_examples} examples, "
-            f"the output has shape {tuple(outputs.shape)}. The loss belongs in `loss=`, not in the model."
+            f"the output has shape {tuple(outputs.shape)}. The loss belongs in `loss=`, not in the model; of many "
+            "rows per example, `forward_fn` (--forward SPEC) picks or joins some."
         )
     if outputs.numel() == 0:
         raise InputError(f"The model must have at least one output per example, got shape {tuple(outputs.shape)}.")

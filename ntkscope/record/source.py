@@ -69,6 +69,7 @@ def open_source(source: str | Path | Sequence[str | Path], *, allow_globals: Seq
         raise InputError(
             f"{paths[0]} holds no recorder's state: a bare checkpoint does not say how training went. Either save "
             "recorder.state_dict() inside it (see `Recorder`), or give two or more checkpoints of the run with --model SPEC, "
-            "--data SPEC and --loss NAME (SPEC: `file.py:function`)."
+            "--data SPEC and --loss NAME (SPEC: `file.py:function`), or this one with --continue 100 besides, to analyze what training "
+            "would learn next from here."
         )
     return trace

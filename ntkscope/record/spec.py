@@ -188,10 +188,12 @@ def _module_from_file(path: Path) -> Any:
     if not path.is_file():
         known = [other.name for other in path.parent.glob("*.py")]
         raise InputError(f"No such file: {path}. Give the path of a Python file.{closest(path.name, known)}")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+    # Not its own name: a file called as the package that it imports must not stand in its place.
+    name = f"_spec_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
     if specification is None or specification.loader is None:
         raise InputError(f"{path} is no Python file.")
     module = importlib.util.module_from_spec(specification)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickling look it up there
+    sys.modules[name] = module  # dataclasses and pickling look it up there
     specification.loader.exec_module(module)
     return module

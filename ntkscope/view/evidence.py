@@ -152,7 +152,9 @@ def against_shuffles(null: Any) -> str:
         One sentence or two.
     """
     verdict = "More signal than chance" if null.p <= 0.05 else "No more signal than chance"
-    score = "" if math.isnan(null.z) else f"{number(null.z)} standard deviations away, "
+    # Far out the number says nothing more: where a softmax is saturated it reaches 1e15.
+    away = "over 100" if null.z > 100 else number(null.z)
+    score = "" if math.isnan(null.z) else f"{away} standard deviations away, "
     return (
         f"{verdict}: training removed {percent(null.observed)} of the squared error, and would have removed {percent(null.mean)} of that "
         f"of shuffled labels ({null.num_shuffles} shuffles; {score}p = {number(null.p, 2)})."
