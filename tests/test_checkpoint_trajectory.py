@@ -137,6 +137,7 @@ def test_files_may_come_in_any_order(order, tmp_path):
     assert shuffled.times == straight.times
     assert shuffled.facts == straight.facts
     assert shuffled.source == straight.source
+    assert f"({len(shuffled)} checkpoints)" in shuffled.source
     for found, expected in zip(shuffled, straight, strict=True):
         for name in (*FIELDS, "mean_hessian"):
             one, two = getattr(found, name), getattr(expected, name)

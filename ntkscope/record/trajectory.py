@@ -24,6 +24,7 @@ from ntkscope.record.timeline import Timeline, make_timeline
 from ntkscope.record.trace import Trace
 from ntkscope.record.weights import load_weights
 
+LISTED = 3  # files named one by one
 PLAIN = (
     "The kernel is that of plain gradient descent, M = identity: {why} If an optimizer of the Adam family or a gate trained the run, this "
     "is not the geometry of its steps, and neither channels nor times are its own."
@@ -109,7 +110,7 @@ def _measured(line: Timeline, reader: CheckpointReader, probe: ProbeSet, budget:
                 state = stored.mechanics(names, next(iter(parameters.values())).device)
             if trace is None:
                 facts = _facts(instrument, len(moments), [*line.notes, *notes], is_known=bool(owners))
-                trace = Trace(facts, probe.tensors(), ", ".join(str(each.path) for each in moments), is_from_checkpoints=True)
+                trace = Trace(facts, probe.tensors(), _listed(moments), is_from_checkpoints=True)
             assert moment.step is not None
             snapshot = instrument.measure(state, at=(moment.step, time), previous=previous)
         trace.append(replace(snapshot, learning_rates=moment.rates))
@@ -148,6 +149,12 @@ def _plain(names: Sequence[str]) -> Mechanics:
     """Make M = I."""
     identity: dict[str, Tensor | float] = dict.fromkeys(names, 1.0)
     return Mechanics(identity, None, None, identity, None)
+
+
+def _listed(moments: Sequence[SavedMoment]) -> str:
+    """Name the files; of many the first and the last."""
+    names = [str(each.path) for each in moments]
+    return ", ".join(names) if len(names) <= LISTED else f"{names[0]} to {names[-1]} ({len(names)} checkpoints)"
 
 
 def _facts(instrument: Instrument, count: int, notes: list[str], *, is_known: bool) -> RunFacts:
