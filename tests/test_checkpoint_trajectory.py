@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_case import problem, train
 from torch import nn
@@ -129,11 +129,18 @@ def test_momentum_that_builds_up_is_in_the_times():
 # --- order and time -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def in_order(tmp_path_factory):
+    """Files of a run, and the trace of them in order."""
+    paths, _ = saved_run(tmp_path_factory.mktemp("in_order"), OPTIMIZERS["adamw"])
+    return paths, read(paths)
+
+
+@settings(max_examples=6, deadline=None)
 @given(order=st.permutations(range(4)))
-def test_files_may_come_in_any_order(order, tmp_path):
-    paths, _ = saved_run(tmp_path, OPTIMIZERS["adamw"])
-    straight, shuffled = read(paths), read([paths[k] for k in order])
+def test_files_may_come_in_any_order(order, in_order):
+    paths, straight = in_order
+    shuffled = read([paths[k] for k in order])
     assert shuffled.times == straight.times
     assert shuffled.facts == straight.facts
     assert shuffled.source == straight.source
