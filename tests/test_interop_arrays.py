@@ -45,6 +45,9 @@ def test_a_kernel_is_an_array():
     assert_close(torch.from_numpy(np.asarray(gram)), oracle_gram(model, rows))
     assert np.asarray(gram).base is not None  # no copy
     assert np.asarray(gram, dtype=np.float32).dtype == np.float32
+    assert np.shares_memory(np.asarray(gram, copy=False), gram.matrix.numpy())
+    with pytest.raises(ValueError, match="Unable to avoid copy"):
+        np.asarray(gram, dtype=np.float32, copy=False)
     copied = np.array(gram)
     copied[:] = 0.0
     assert bool((gram.matrix != 0).any())

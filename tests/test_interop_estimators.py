@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from sklearn.kernel_approximation import Nystroem
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from torch import nn
 
@@ -196,6 +199,46 @@ def test_images_keep_their_shape():
     np.testing.assert_array_equal(NTKFeatures(NTKKernel(model)).fit(images).transform(images[:2]), NTKKernel(model)(images[:2], images))
 
 
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("given", [pandas.DataFrame, lambda x: pandas.DataFrame(x).astype(object), read_only, np.ndarray.tolist])
+def test_examples_come_as_users_and_workers_have_them(small, given):
+    model, train, test, targets, own, cross = small
+    rows, columns = given(train), given(test)
+    kernel = NTKKernel(model)
+    np.testing.assert_allclose(kernel(rows), own, rtol=1e-10)
+    np.testing.assert_allclose(kernel.diag(rows), np.diag(own), rtol=1e-10)
+    np.testing.assert_allclose(NTKFeatures(kernel).fit(rows).transform(columns), cross, rtol=1e-10, atol=1e-12)
+    ridge = KernelRidge(alpha=RIDGE, kernel=kernel).fit(rows, targets)
+    np.testing.assert_allclose(ridge.predict(columns), closed_form(own, cross, targets), rtol=1e-8, atol=1e-10)
+
+
+def test_reversed_axes_are_copied(small):
+    model, train, _, _, own, _ = small
+    np.testing.assert_allclose(NTKKernel(model)(train[::-1]), own[::-1, ::-1], rtol=1e-10)
+
+
+def test_features_are_named_in_data_frames(small):
+    model, train, test, _, _, cross = small
+    pipeline = make_pipeline(StandardScaler(with_mean=False, with_std=False), NTKFeatures(NTKKernel(model))).set_output(transform="pandas")
+    frame = pipeline.fit(train).transform(test)
+    np.testing.assert_allclose(frame.to_numpy(), cross, rtol=1e-10, atol=1e-12)
+    assert list(frame.columns) == [f"ntkfeatures{i}" for i in range(12)]
+
+
+def test_copies_of_a_subclass_are_of_the_subclass(small):
+    class Halved(NTKKernel):
+        def __call__(self, X, Y=None, eval_gradient=False):
+            return super().__call__(X, Y, eval_gradient) / 2
+
+    copied = clone(Halved(small[0]))
+    np.testing.assert_allclose(copied(small[1]), small[4] / 2, rtol=1e-10)
+
+
 def test_whole_numbers_stay_whole():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
     tokens = np.array([[0, 1], [2, 3], [4, 0]])
@@ -210,6 +253,19 @@ def test_whole_numbers_stay_whole():
         (lambda: NTKKernel(network(3), "loss")(np.ones((2, 3))), ntkscope.InputError, "one row per example.*got outputs='loss'"),
         (lambda: NTKKernel(network(3), "magic")(np.ones((2, 3))), ntkscope.InputError, "`outputs` must be 'full', 'trace'"),
         (lambda: NTKFeatures(NTKKernel(network(3))).transform(np.ones((2, 3))), NotFittedError, "is not fitted yet"),
+        (lambda: NTKFeatures(network(3)).fit(np.ones((2, 3))), ntkscope.InputTypeError, r"got Sequential. Give NTKFeatures\(NTKKernel"),
+        (lambda: NTKKernel("net")(np.ones((2, 3))), ntkscope.InputTypeError, "must be a torch.nn.Module, got str"),
+        (lambda: NTKKernel(network(3))(scipy.sparse.eye(3)), ntkscope.InputTypeError, "sparse matrix.*toarray"),
+        (lambda: NTKKernel(network(3)).diag(scipy.sparse.eye(3)), ntkscope.InputTypeError, "sparse matrix.*toarray"),
+        (lambda: NTKKernel(network(3))(np.array([["a", "b", "c"]])), ntkscope.InputTypeError, "real numbers, got an array of <U1"),
+        (lambda: NTKKernel(network(3))(np.array([[1, 2, "c"]], dtype=object)), ntkscope.InputTypeError, "must be numbers.*'c'.*Encode"),
+        (
+            lambda: NTKKernel(network(3), shape=(1, 2))(np.ones((2, 3))),
+            ntkscope.InputError,
+            r"shape \(3,\) cannot.*\(1, 2\): 3 numbers, not 2",
+        ),
+        (lambda: NTKKernel(network(3))(np.ones((0, 3))), ntkscope.InputError, "holds no example"),
+        (lambda: NTKKernel(network(3)).diag(np.ones((0, 3))), ntkscope.InputError, "holds no example"),
     ],
 )
 def test_bad_calls_are_explained(call, error, message):

@@ -1,19 +1,22 @@
 """The NTK in scikit-learn: a kernel for estimators that take one, a transformer for those that take it precomputed."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from torch import Tensor, nn
 
-from ntkscope._checks import InputError
+from ntkscope._checks import InputError, InputTypeError
 from ntkscope._types import ForwardFn, KernelOutputs
 from ntkscope.kernel.gram import ntk_gram
+from ntkscope.kernel.model import check_module
 from ntkscope.kernel.precond import Precond
 
 try:
-    from sklearn.base import BaseEstimator, TransformerMixin
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
     from sklearn.gaussian_process.kernels import Kernel
     from sklearn.utils.validation import check_is_fitted
 except ImportError as error:
@@ -54,7 +57,7 @@ class NTKKernel(Kernel):
         model: nn.Module,
         outputs: KernelOutputs = "trace",
         precond: Precond | None = None,
-        params: Iterable[str] | None = None,
+        params: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
         shape: Sequence[int] | None = None,
         max_memory: int | None = None,
@@ -69,13 +72,13 @@ class NTKKernel(Kernel):
 
     def __sklearn_clone__(self) -> "NTKKernel":
         """Copy for cross-validation: parameters of the estimator, and the same model."""
-        return NTKKernel(**self.get_params(deep=False))
+        return type(self)(**self.get_params(deep=False))
 
     def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
         """Compute the kernel.
 
         Args:
-            X: n examples, an array or a tensor.
+            X: n examples: an array, a tensor, a data frame or lists.
             Y: n' examples; X itself if not given.
             eval_gradient: Whether to return the gradient in the hyperparameters, too, of which there are none.
 
@@ -83,7 +86,8 @@ class NTKKernel(Kernel):
             Kernel, float64, (n, n'); with `eval_gradient` also an empty array (n, n, 0).
 
         Raises:
-            InputError: If the kind has no row per example, or `ntk_gram` refuses the input.
+            InputError: If the kind has no row per example, examples do not have `shape`, or `ntk_gram` refuses the input.
+            InputTypeError: If examples are sparse or no numbers, or the model is no module.
         """
         if self.outputs in ("full", "loss"):
             raise InputError(f"Estimators take one row per example: 'trace', 'sum' or 'class=k', got outputs={self.outputs!r}.")
@@ -109,8 +113,14 @@ class NTKKernel(Kernel):
 
         Returns:
             (n,), float64.
+
+        Raises:
+            InputError: As for the kernel.
+            InputTypeError: As for the kernel.
         """
-        parts = (X[start : start + DIAGONAL_BLOCK] for start in range(0, len(X), DIAGONAL_BLOCK))
+        batch = self._batch(X)
+        starts = range(0, max(len(batch), 1), DIAGONAL_BLOCK)  # no example is refused as the kernel refuses it
+        parts = (batch[start : start + DIAGONAL_BLOCK] for start in starts)
         return np.concatenate([np.diagonal(self(part)) for part in parts])
 
     def is_stationary(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - typed by a base class that raises
@@ -123,13 +133,21 @@ class NTKKernel(Kernel):
 
     def _batch(self, examples: Any) -> Tensor:
         """Put examples into the precision of the model, unless they are whole numbers, and into their shape."""
-        batch = torch.as_tensor(examples)
+        check_module(self.model)
+        batch = _tensor(examples)
         if batch.is_floating_point():
             batch = batch.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), batch.dtype))
-        return batch if self.shape is None else batch.reshape(len(batch), *self.shape)
+        if self.shape is None:
+            return batch
+        if math.prod(batch.shape[1:]) != math.prod(self.shape):
+            raise InputError(
+                f"Examples of shape {tuple(batch.shape[1:])} cannot be put into `shape` {tuple(self.shape)}: {math.prod(batch.shape[1:])} "
+                f"numbers, not {math.prod(self.shape)}. Give the shape that one example had before it was flattened."
+            )
+        return batch.reshape(len(batch), *self.shape)
 
 
-class NTKFeatures(TransformerMixin, BaseEstimator):
+class NTKFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Turns examples into their kernel with the training examples, for estimators with `kernel="precomputed"`.
 
         make_pipeline(NTKFeatures(NTKKernel(model)), SVC(kernel="precomputed"))
@@ -138,25 +156,30 @@ class NTKFeatures(TransformerMixin, BaseEstimator):
     of the training set with itself, exactly symmetric.
 
     Args:
-        kernel: The kernel.
+        kernel: An `NTKKernel`, alone or composed.
 
     Attributes:
         inputs_: The training examples.
     """
 
-    def __init__(self, kernel: NTKKernel) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
     def fit(self, X: Any, y: Any = None) -> "NTKFeatures":
         """Keep the training examples.
 
         Args:
-            X: n examples, an array or a tensor of any shape.
+            X: n examples of any shape, as `NTKKernel` takes them.
             y: Not used.
 
         Returns:
             Itself.
+
+        Raises:
+            InputTypeError: If `kernel` is something else, such as a model.
         """
+        if not isinstance(self.kernel, Kernel):
+            raise InputTypeError(f"`kernel` must be a kernel, got {type(self.kernel).__name__}. Give NTKFeatures(NTKKernel(model)).")
         self.inputs_ = X
         return self
 
@@ -174,3 +197,26 @@ class NTKFeatures(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         return self.kernel(X, self.inputs_)
+
+    @property
+    def _n_features_out(self) -> int:
+        """Count the columns, one per training example; scikit-learn names them for `set_output`."""
+        return len(self.inputs_)
+
+
+def _tensor(examples: Any) -> Tensor:
+    """Take a tensor from what scikit-learn passes on."""
+    if isinstance(examples, Tensor):
+        return examples
+    if issparse(examples):
+        raise InputTypeError("Examples are a sparse matrix, but models take dense ones. Give `x.toarray()`.")
+    array = np.asarray(examples)
+    if array.dtype == object:  # data frames with columns of several kinds
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"Examples must be numbers: {error}. Encode or leave out the columns that are not.") from error
+    if array.dtype.kind not in "biuf":
+        raise InputTypeError(f"Examples must be real numbers, got an array of {array.dtype}. Encode them as numbers.")
+    # A copy where torch would warn (memory maps of joblib and views of pandas are read-only) or refuse (reversed axes).
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
