@@ -8,7 +8,7 @@ from ntkscope.record.snapshot import Snapshot
 from ntkscope.record.trace import Trace
 from ntkscope.walk import Walk
 
-MAX_UNSETTLED = 10  # snapshots among which the preconditioner must have settled
+MAX_UNSETTLED = 10  # steps within which the preconditioner must have settled; later it is snapshots that are too few
 UNSETTLED = 4.0  # predicted over observed decrease: 6 to 30,000 in the first two steps of adamw and gated demos, at most 2.6 after
 SMALLEST_DECREASE = 1e-3  # of the loss: what counts as a decrease at all
 
@@ -17,7 +17,7 @@ def settled_start(trace: Trace) -> int:
     """Find the snapshot at which a default window begins: the first, or where the optimizer's preconditioner has settled.
 
     After its first step Adam divides by the gradient of one batch. Parameters that this batch did not touch get 1/ε, and the kernel they
-    make predicts a decrease, gᵀKg Δτ, that no step ever made. Such intervals are left out, a few at most.
+    make predicts a decrease, gᵀKg Δτ, that no step ever made. Such intervals are left out if they begin in the first steps.
 
     Args:
         trace: The record.
@@ -28,7 +28,10 @@ def settled_start(trace: Trace) -> int:
     if trace.facts.precond == "identity":
         return 0
     form = Form(trace.facts.outputs == "trace")
-    last = min(MAX_UNSETTLED, len(trace) - 2)
+    steps = trace.steps
+    if trace.is_from_checkpoints and steps[0] == 0:
+        steps[0] = steps[1]  # whose preconditioner is taken there
+    last = min(sum(step < MAX_UNSETTLED for step in steps), len(trace) - 2)
     before = trace[0]
     rate = _decrease_rate(before, form)
     for position in range(1, last + 1):

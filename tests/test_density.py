@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_checkpoint_trajectory import OPTIMIZERS, problem, read, saved_run
 
 import ntkscope
+from ntkscope import window
 from ntkscope.dynamics.density import Pair, SpacingError, Stage, judge_density, needed_snapshots, spacing_error
 from ntkscope.dynamics.interval import factor_interval
 from ntkscope.view.findings import verdict
@@ -210,6 +211,18 @@ def test_sparse_checkpoints_ask_for_more_and_the_number_they_ask_for_is_enough(t
     assert found.closure.trustworthy
     assert found.density.verdict == "dense enough"
     assert counts == [6, 11]
+
+
+@pytest.mark.parametrize("steps", [(10, 40, 70, 100), (0, 40, 70, 100)])
+def test_sparse_checkpoints_of_adam_are_all_in_the_default_window(steps, tmp_path, monkeypatch):
+    """They predict far more decrease than there was, as the first steps of Adam do, but because they are few, not early."""
+    paths, _ = saved_run(tmp_path, lambda p: torch.optim.AdamW(p, lr=0.05), steps=steps)
+    found = analyze(paths)
+    assert (found.window.start_step, found.window.stop_step) == (steps[0], 100)
+    assert "first steps" not in found.window.reason
+    assert found.density.verdict == "at least"
+    monkeypatch.setattr(window, "MAX_UNSETTLED", 1000)
+    assert analyze(paths).window.start_step > steps[0]
 
 
 def test_density_is_saved_summed_up_and_shown(tmp_path):
