@@ -15,10 +15,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ntkscope._checks import InputError
+from ntkscope._tensor_file import write_tensors
 from ntkscope.summary import SCHEMA
 
 FILE = "results.safetensors"
@@ -121,7 +121,7 @@ def write_result(result: Any, path: Path, *, also: Mapping[str, Tensor]) -> None
         pointer = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if pointer in storages else tensor
         storages.add(pointer)
-    save_file(tensors, path, metadata={"schema": SCHEMA, "result": text, "checksum": _checksum(text, tensors)})
+    write_tensors(tensors, path, metadata={"schema": SCHEMA, "result": text, "checksum": _checksum(text, tensors)})
 
 
 def read_result(path: str | Path, root: type[Result]) -> Result:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "ntkscope"
 # Left to right: a file may import from its own layer and from those before it. `_display` is the lazy door.
 LAYERS = [
-    ["_checks", "_types", "_losses", "_display", "_atomic"],
+    ["_checks", "_types", "_losses", "_display", "_atomic", "_tensor_file"],
     ["_eigh"],
     ["kernel"],
     ["dynamics"],

@@ -161,6 +161,17 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     assert_same(saved.read_result(tmp_path / "file", Leaf), Leaf([both, both, both[1:]]))
 
 
+def test_others_may_read_results_as_any_new_file(tmp_path):
+    path, plain = tmp_path / "file.safetensors", tmp_path / "plain"
+    plain.touch()
+    saved.write_result(Leaf(torch.ones(2)), path, also={})
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o600)
+    saved.write_result(Leaf(torch.zeros(2)), path, also={})
+    assert path.stat().st_mode & 0o777 == 0o600  # as its owner wanted it
+    assert_same(saved.read_result(path, Leaf), Leaf(torch.zeros(2)))
+
+
 def test_what_has_no_place_in_a_result_is_named():
     with pytest.raises(TypeError, match="value/0 is a set, which has no place"):
         saved.split(Leaf([{1}]))

@@ -59,6 +59,13 @@ def test_every_field_survives_files_and_states(tmp_path):
     assert last.probe_hash == traces[1].facts.probe_hash
 
 
+def test_others_may_read_a_trace_as_any_new_file(tmp_path):
+    full_record(tmp_path / "trace")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in (tmp_path / "trace").iterdir()} == {plain.stat().st_mode}
+
+
 def test_a_state_of_schema_1_still_loads():
     state = full_record().state_dict()
     old = copy.deepcopy(state) | {"schema": "ntkscope.trace/1"}

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ntkscope._atomic import replace_when_done
 from ntkscope._checks import InputError
+from ntkscope._tensor_file import write_tensors
 from ntkscope.record.facts import SCHEMA, RunFacts
 from ntkscope.record.snapshot import Snapshot
 
@@ -95,7 +96,7 @@ class TraceWriter:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_when_done(self.folder / "probe.safetensors") as temporary:
-            save_file(dict(probe), temporary)
+            write_tensors(probe, temporary)
         self.write_facts(facts)
 
     def write_facts(self, facts: RunFacts) -> None:
@@ -119,7 +120,7 @@ class TraceWriter:
         numbers, tensors = snapshot.split()
         path = self.folder / f"snapshot-{snapshot.step:09d}.safetensors"
         with replace_when_done(path) as temporary:
-            save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
+            write_tensors(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
         return path
 
     def forget_after(self, step: int) -> None:
