@@ -2,13 +2,18 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .failures import failures_reported
 from .loading import AllowGlobals, ModelArgs, Task, UnsafeLoad, open_model
 from .notes import notes_shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ntkscope.record.trace import Trace
 
 EXAMPLES = """
 ntkscope inspect checkpoint.pt
@@ -78,7 +83,7 @@ def inspect(
         console.print(f"\nNext: ntkscope analyze {shlex.quote(str(path))}", soft_wrap=True)
 
 
-def describe_model(content: Any, path: Path, model: Any) -> list[str]:
+def describe_model(content: Any, path: Path, model: "nn.Module | None") -> list[str]:
     """Say where the weights lie, how they fit a model, and what optimizers there are.
 
     Args:
@@ -108,7 +113,7 @@ def describe_model(content: Any, path: Path, model: Any) -> list[str]:
     ]
 
 
-def describe_run(trace: object) -> list[tuple[str, str]]:
+def describe_run(trace: "Trace") -> list[tuple[str, str]]:
     """List what a record says of its run.
 
     Args:
@@ -117,10 +122,8 @@ def describe_run(trace: object) -> list[tuple[str, str]]:
     Returns:
         Rows of name and value; what is not known is left out.
     """
-    from ntkscope.record.trace import Trace
     from ntkscope.view.words import counted, number
 
-    assert isinstance(trace, Trace)
     facts, steps = trace.facts, trace.steps
     kernels = {"full": "one entry per pair of outputs", "trace": "one entry per pair of examples: classes share a kernel"}
     rows = [

@@ -100,6 +100,24 @@ def test_the_model_is_left_as_it_was(saved):
     assert "3.bias" not in trace.facts.parameters
 
 
+class Counting(nn.Linear):
+    """A model with a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"count": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError("it was not changed, so it is not put back")
+
+
+def test_states_that_are_no_tensors_are_left_alone(tmp_path):
+    model = Counting(4, 3).double()
+    before = model.weight.detach().clone()
+    torch.save({name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}, tmp_path / "bare.pt")
+    assert len(ntkscope.continue_training(tmp_path / "bare.pt", model, examples(8, 1), loss="cross_entropy", num_steps=3)) > 1
+    assert torch.equal(model.weight, before)
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(saved):
     model = made()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -69,7 +69,7 @@ def continue_training(
     if num_steps < 1:
         raise InputError(f"Continuing needs at least one step, got {num_steps}. 100 is usual (--continue 100).")
     content = load_checkpoint(checkpoint, allow_globals=allow_globals, unsafe=unsafe)
-    own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     modes = {module: module.training for module in model.modules()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
@@ -93,7 +93,7 @@ def continue_training(
         trace = recorder.trace
         recorder.detach(closing=False)
     finally:
-        model.load_state_dict(own)
+        model.load_state_dict(own, strict=False)  # extra states that are no tensors were not touched
         for module, mode in modes.items():
             module.training = mode
         for name, parameter in model.named_parameters():
