@@ -49,8 +49,9 @@ class Gram(Displayed):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Give the matrix to numpy, so that SciPy and scikit-learn take a kernel as it is."""
-        # With copy=False numpy 2 refuses what needs one, as its protocol asks.
-        return np.array(self.matrix.detach().cpu().numpy(), dtype=dtype, copy=copy)
+        array = self.matrix.detach().cpu().numpy()
+        # numpy 1 knows no copy=None, and asks for no other; with copy=False numpy 2 refuses what needs one, as its protocol asks.
+        return np.asarray(array, dtype=dtype) if copy is None else np.array(array, dtype=dtype, copy=copy)
 
     def to_xarray(self, *, examples: Sequence[Any] | None = None, others: Sequence[Any] | None = None) -> Any:
         """Turn into an `xarray.Dataset` whose `kernel` has the dimensions example and example_, for "full" also output and output_.
