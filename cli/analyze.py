@@ -143,6 +143,7 @@ def analyze(
 
             import ntkscope
             from ntkscope._checks import check_device
+            from ntkscope.record.data_files import check_same_classes
             from ntkscope.record.source import find_trace
             from ntkscope.record.spec import load_data
             from ntkscope.spectrum.cutoffs import parse_rule
@@ -157,6 +158,8 @@ def analyze(
             if network is not None and place.startswith("cuda"):
                 network.to(place)
             probe, held_out = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
+            if data is not None and query is not None:
+                check_same_classes(data, query)
             is_bare = network is not None or probe is not None
             if steps_on is not None:
                 stages.begin("training on")
@@ -200,12 +203,14 @@ def analyze(
             stages.begin("writing the results")
             analysis.save(out, report=not no_report)
         if not quiet:
+            if times is not None and steps_on is not None:
+                typer.echo("note: --times not used; the time of the steps on from here is known.", err=True)
             is_recorded = steps_on is None and (not is_bare or isinstance(source, ntkscope.Trace))
             unused = [name for name, value in (("--times", times), ("--query", query)) if value is not None and is_recorded]
             if unused:
                 typer.echo(f"note: {' and '.join(unused)} not used; the record has its own.", err=True)
             is_audited = analysis.gate is not None and analysis.gate.audit is not None
-            if is_recorded and not (is_audited or no_audit) and (model or gate or alpha):
+            if not (is_audited or no_audit) and ((is_recorded and model) or gate or alpha):
                 reason = analysis.gate_reason if analysis.gate is None else analysis.gate.audit_reason
                 typer.echo(f"note: the gate was not audited: {reason}.", err=True)
         if as_json:

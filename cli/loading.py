@@ -119,7 +119,7 @@ def open_model(model: str | None, arguments: Sequence[str] | None, task: str | N
         return load_model(model, given)
     if given:
         raise typer.BadParameter("there is no --model to give it to. Give --model SPEC too.", param_hint="'--model-arg'")
-    folder = next((path for path in paths if (path / "config.json").is_file()), None)
+    folder = next((place for path in paths for place in (path, path.parent) if (place / "config.json").is_file()), None)
     if task is None or folder is None:
         return None  # a record needs none
     from ntkscope.integrations.pretrained import model_for_task

@@ -118,7 +118,7 @@ def transfer_of(walk: Walk, rows: list[Row], state: Dissipation, trace: Trace, b
     first, last, form = rows[0].snapshot, rows[-1].snapshot, walk.form
     observed = query_motion(first, last)
     if observed is None or state.transfer is None or state.query_motion is None or walk.first.cross is None:
-        return None, "no query set was recorded: give the Recorder `query=(inputs, targets)`"
+        return None, "no query set was recorded: give the Recorder `query=(inputs, targets)`, or --query with bare checkpoints"
     if not bool(observed.any()):
         return None, "the query outputs did not move"
     if not has_query_path(last):

@@ -288,7 +288,7 @@ def test_what_was_unwrapped_is_said_once(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(": ", 1)[1] for text in said if "run-004.pt" in text] == [
         "6 tensors with 193 numbers, found under `net`.",
-        "There are other weights too: ema. Choose with key='ema'.",
+        "There are other weights too: ema. To take some of these instead, save them alone in a file.",
         "Taken off the names: `module.`.",
         "They fit the model.",
         "Optimizer under `opt`: AdamW(lr=0.002, betas=(0.9, 0.999), weight_decay=0.1), matched to the parameters by order and shape.",
@@ -348,7 +348,11 @@ def stepless(state):
         (renamed_weights, {}, r"run-008.pt do not fit the model: missing 4.weight, 4.bias; extra five.weight, five.bias"),
         (narrow_weights, {}, r"of another shape 2.bias \(file \[9\], model \[10\]\)"),
         (nan_weights, {}, r"run-008.pt: Parameter `2.bias` must be finite"),
-        (stepless, {}, r"run-008.pt does not say its step, so .* Give --times .* was 0.1, that is --times 0.4,0.8,1.2,2\."),
+        (
+            stepless,
+            {},
+            r"run-008.pt does not say its step, so .* Leave it out, or give --times .* was 0.1, that is --times 0.4,0.8,1.2,2\.",
+        ),
         (lambda state: state["model"], {}, r"does not say its step and learning rate, .* --times 0.4,0.8,1.2,2\."),
         (dict, {"times": [0.0, 1.0]}, r"needs one time per checkpoint: 4 files, 2 times"),
         (dict, {"times": [0.0, 1.0, 1.0, 2.0]}, r"There is no time between .*run-008.pt and .*run-012.pt \(both at 1\)"),
@@ -395,3 +399,31 @@ def test_a_learning_rate_of_zero_is_no_time(tmp_path):
     paths, _ = saved_run(tmp_path, OPTIMIZERS["sgd"], schedule=lambda step: float(step < 5))
     with pytest.raises(InputError, match=r"no time between .*run-008.pt and .*run-012.pt .*was the learning rate zero"):
         read(paths)
+
+
+@pytest.mark.parametrize(("name", "slope"), [("sgd", 0.1), ("momentum", 0.02 * 0.7 / 0.2)])
+def test_numbers_of_epochs_are_not_taken_for_steps(name, slope, tmp_path):
+    paths, _ = saved_run(tmp_path, OPTIMIZERS[name], content=lambda state: {key: state[key] for key in ("model", "optimizer")})
+    epochs = [path.rename(tmp_path / f"epoch_{k}.pt") for k, path in enumerate(paths)]
+    times = ",".join(f"{slope * k:g}" for k in range(4))
+    with pytest.raises(InputError, match=rf"are epochs, and the learning rate was .*, that is {re.escape(times)}, each times the steps"):
+        read(epochs)
+
+
+def test_one_checkpoint_leads_on_to_training_on(tmp_path):
+    paths, _ = saved_run(tmp_path, OPTIMIZERS["sgd"], steps=(4,))
+    with pytest.raises(InputError, match=r"a point, not a trajectory.* this one with --continue 100"):
+        read(paths)
+
+
+def test_of_two_optimizers_that_share_the_parameters_none_is_taken(tmp_path):
+    def shared(state):
+        other = torch.optim.SGD([nn.Parameter(torch.zeros(10))], lr=0.3)
+        return state | {"optimizer_of_last": other.state_dict()}
+
+    paths, _ = saved_run(tmp_path, lambda parameters: torch.optim.Adam(list(parameters)[:-2], lr=0.002), content=shared)
+    trace = read(paths)
+    assert trace.facts.precond == "identity"
+    assert any("holds several optimizers (optimizer, optimizer_of_last)" in note for note in trace.facts.notes)
+    alone, _ = saved_run(tmp_path, lambda parameters: torch.optim.Adam(list(parameters)[:-2], lr=0.002))
+    assert read(alone).facts.precond != "identity"

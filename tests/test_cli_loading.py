@@ -227,6 +227,7 @@ def test_folders_of_a_trainer_become_a_trajectory_without_any_code(fine_tuned):
     assert summary["window"]["stop_step"] <= 8
     one = summary_of(run("analyze", folders[0], *TASK, "--continue", 4))
     assert one["num_examples"] == 12
+    assert summary_of(run("analyze", f"{folders[0]}/model.safetensors", *TASK, "--continue", 4))["loss"] == one["loss"]
     right = run("inspect", folders[0], "--task", "sequence-classification")
     assert right.exit_code == 0, right.output
     assert "They fit the model." in right.stdout
@@ -343,3 +344,49 @@ def test_bad_check_without_a_model(folder):
     result = run("check", "--data", "specs.py:data")
     assert result.exit_code == 2
     assert "Give --model SPEC, or --task NAME and a folder with config.json." in said(result)
+
+
+# --- scripts as people have them ----------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_reads_the_command_line_does_not_read_ours(folder):
+    (folder / "train.py").write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr', default=0.1)\nprint(parser.parse_args())\n"
+        "from specs import make\n"
+    )
+    before = list(sys.argv)
+    result = run("inspect", "weights.pt", "--model", "train.py:make")
+    assert result.exit_code == 0, result.output
+    assert "They fit the model." in result.stdout
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize("text", ["import sys\nsys.exit(0)\n", "import argparse\nargparse.ArgumentParser().error('--lr is missing')\n"])
+def test_a_script_that_ends_python_is_at_fault(text, folder):
+    (folder / "train.py").write_text(text)
+    result = run("inspect", "weights.pt", "--model", "train.py:make")
+    assert result.exit_code == 2
+    assert "train.py ended Python as it was read" in said(result)
+    assert "under `if __name__ == '__main__':`" in said(result)
+
+
+def test_a_file_of_a_package_is_named_as_a_module(folder):
+    (folder / "src" / "nets").mkdir(parents=True)
+    (folder / "src" / "nets" / "__init__.py").write_text("")
+    (folder / "src" / "nets" / "model.py").write_text("from .parts import core\n")
+    result = run("inspect", "weights.pt", "--model", "src/nets/model.py:make")
+    assert f"with PYTHONPATH={folder / 'src'}, nets.model:FUNCTION" in said(result)
+    assert "put the folder that holds it on PYTHONPATH" in said(run("inspect", "weights.pt", "--model", "nets.model:make"))
+
+
+def test_times_beside_continue_are_said_to_be_unused(folder):
+    words = ("analyze", "weights.pt", "--model", "specs.py:make", "--output", "1", "--data", "specs.py:data", "--times", "0", *ON)
+    assert "note: --times not used" in said(run(*words))
+    assert "note: the gate was not audited" in said(run(*words, "--gate", "hard"))
+
+
+def test_an_output_of_one_tensor_has_no_parts(folder):
+    (folder / "plain.py").write_text("import torch\ndef make(): return torch.nn.Linear(3, 2)\n")
+    torch.save(torch.nn.Linear(3, 2).state_dict(), "plain.pt")
+    result = run("analyze", "plain.pt", "--model", "plain.py:make", "--output", "logits", "--data", "specs.py:data", *ON)
+    assert "Leave out the output (--output)" in said(result)

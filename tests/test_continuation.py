@@ -138,6 +138,11 @@ def test_an_interrupt_leaves_the_model_as_it_was(saved):
         ({"data": None}, r"needs all of `model`, `data` and `loss`"),
         ({"model": nn.Linear(4, 3)}, r"do not fit the model"),
         ({"data": (torch.ones(4, 5, dtype=torch.float64), torch.zeros(4, dtype=torch.long))}, r"failed on the probe"),
+        (
+            {"data": (torch.ones(4, 4, dtype=torch.float64), torch.zeros(4))},
+            r"class labels are whole numbers. Convert them with \.long\(\)",
+        ),
+        ({"forward_fn": lambda model, batch: model(batch[:, None] * torch.ones(2, 1))}, r"shape \(8, 2, 3\), of which .* one row of class"),
     ],
 )
 def test_bad_requests(options, message, saved):

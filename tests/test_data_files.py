@@ -1,5 +1,7 @@
 """Inputs and targets from tables and folders of images."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from ntkscope._checks import InputError, UnsupportedError
 from ntkscope.record import data_files
-from ntkscope.record.data_files import read_csv, read_images
+from ntkscope.record.data_files import check_same_classes, read_csv, read_images
 
 
 def table(tmp_path, text):
@@ -47,6 +49,8 @@ BAD_TABLES = {
     "no row": ("a,b\n", "has no example: it needs a head and rows"),
     "one column": ("a\n1\n", "at least one input column and the target"),
     "ragged": ("a,b\n1,2\n1\n", r"row 3 has 1 cells, the head has 2"),
+    "no head": ("0.5,1\n2,0\n", r"has numbers in its first row, where the names"),
+    "semicolons": ("a;b\n1;2\n", r"separated by commas"),
     "text": ("a,b\n1,2\nx,3\n", r"row 3, column 'a': 'x' is no number. Encode texts"),
 }
 
@@ -113,3 +117,30 @@ def test_without_pillow_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data_files, "Image", None)
     with pytest.raises(UnsupportedError, match=r"pip install pillow, or save the tensors as .npz"):
         read_images(tmp_path)
+
+
+def test_a_head_of_numbers_as_pandas_makes_it_is_a_head(tmp_path):
+    assert read_csv(table(tmp_path, "0,1\n5,1\n6,0\n"))[1].tolist() == [1, 0]
+
+
+def test_how_classes_are_numbered_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="ntkscope"):
+        read_csv(table(tmp_path, "a,label\n1,dog\n2,cat\n"))
+    assert caplog.messages == [f"{tmp_path / 'data.csv'}: classes by name: 0 is cat, 1 is dog."]
+
+
+def test_classes_of_two_sources_are_numbered_alike_or_refused(tmp_path):
+    data, query = tmp_path / "data.csv", tmp_path / "query.csv"
+    data.write_text("a,label\n1,cat\n2,cow\n3,dog\n")
+    query.write_text("a,label\n1,dog\n2,cow\n")
+    with pytest.raises(InputError, match=r"data.csv has the classes cat, cow, dog, and .*query.csv cow, dog; .* they would mix"):
+        check_same_classes(str(data), str(query))
+    query.write_text("a,label\n1,dog\n2,cow\n2,cat\n")
+    check_same_classes(str(data), str(query))
+    for place in ("train/cat/1.png", "train/dog/1.png", "test/dog/1.png"):
+        save(tmp_path / place, [[1]])
+    with pytest.raises(InputError, match=r"an empty folder will do"):
+        check_same_classes(str(tmp_path / "train"), str(tmp_path / "test"))
+    (tmp_path / "test" / "cat").mkdir()
+    check_same_classes(str(tmp_path / "train"), str(tmp_path / "test"))
+    check_same_classes("data.py:train", str(query))

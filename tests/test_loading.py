@@ -46,7 +46,8 @@ from ntkscope.record.formats.guards import is_tame
 from ntkscope.record.formats.kinds import KINDS, kind_of
 from ntkscope.record.prefixes import best_prefix
 from ntkscope.record.source import find_trace, open_source
-from ntkscope.record.weights import unwrap
+from ntkscope.record.trace import load_trace
+from ntkscope.record.weights import load_weights, unwrap
 
 NEXT_STEP = re.compile(
     r"\b(Give|Save|Best save|Download|Copy|Unpack|Load|Convert|Fetch|Choose|Run|Put|Install|Turn|Check|Do not load|Open|Set|Remove)\b"
@@ -308,7 +309,7 @@ def test_of_model_and_average_the_model_is_chosen_and_the_other_named():
     content = {"ema": {name: value + 1 for name, value in renamed("").items()}, "model": renamed("")}
     found = unwrap(content, "x.pt")
     assert (found.key, found.others) == ("model", ("ema",))
-    assert "other weights too: ema. Choose with key='ema'" in str(found)
+    assert "other weights too: ema. To take some of these instead, save them alone in a file" in str(found)
     same(unwrap(content, "x.pt", key="ema").weights, content["ema"])
 
 
@@ -745,3 +746,46 @@ def test_buffers_that_the_model_no_longer_saves_are_left_out():
     assert found.fits
     assert found.left_out == ("1.position_ids",)
     assert not unwrap(old | {"1.others": torch.ones(1)}, "old.pt", model=model).fits
+
+
+class Tied(nn.Module):
+    """A model of words: what reads them in reads them out."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.words.weight
+
+
+@pytest.mark.parametrize("stored", ["words.weight", "head.weight"])
+def test_what_the_model_ties_may_be_stored_once(stored):
+    weight, model = torch.randn(5, 3), Tied()
+    found = unwrap({f"module.{stored}": weight}, "x.pt", model=model)
+    assert found.fits
+    (other,) = found.tied
+    assert {stored, other} == {"words.weight", "head.weight"}
+    assert f"to which the model ties them: {other}." in str(found)
+    assert "1 tensors with 15 numbers" in str(found)
+    load_weights(model, found.weights, pathlib.Path("x.pt"))
+    assert torch.equal(model.head.weight, weight)
+
+
+def test_what_the_model_ties_may_not_differ_in_the_file():
+    with pytest.raises(InputError, match=r"words.weight and head.weight are one tensor in the model, and two different ones in the file"):
+        unwrap({"words.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}, "x.pt", model=Tied())
+
+
+def test_a_folder_of_checkpoints_leads_on_to_what_is_in_it(tmp_path):
+    (tmp_path / "logs").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "logs" / "epoch=1.ckpt")
+    with pytest.raises(InputError, match=r"is a folder of checkpoints. Give one of them, as .*epoch=1.ckpt, or .* as .*logs/\*\.ckpt"):
+        load_checkpoint(tmp_path / "logs")
+    (tmp_path / "runs" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "runs" / "checkpoint-2" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"as .*checkpoint-2, or several of one run, as .*runs/\*/"):
+        load_checkpoint(tmp_path / "runs")
+
+
+def test_a_trace_may_be_named_by_text(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without manifest.json, so it is no trace"):
+        load_trace(str(tmp_path))

@@ -181,6 +181,8 @@ def _try_once(name: str, bound: Callable[[Tensor], Tensor], outputs: Tensor, tar
     except UserError:
         raise
     except Exception as error:
+        if name in ("cross_entropy", "CrossEntropyLoss") and targets.is_floating_point() and targets.ndim == 1:
+            raise InputError(f"{call} failed: class labels are whole numbers. Convert them with .long(), or use loss='squared'.") from error
         raise InputError(
             f"{call} failed: {str(error).rstrip('.')}. Mismatched probe and labels? The loss is called in float64, on the whole probe."
         ) from error

@@ -121,7 +121,12 @@ def _part(value: Any, name: str) -> Any:
             return value[position]
     elif name.isidentifier() and not name.startswith("_") and not isinstance(value, Tensor) and hasattr(value, name):
         return getattr(value, name)
-    raise InputError(f"The model's output has no part {name!r}: it is a {type(value).__name__} with {_parts(value)}. Choose one of these.")
+    raise InputError(f"The model's output has no part {name!r}: it is a {type(value).__name__} with {_parts(value)}. {_choice(value)}")
+
+
+def _choice(value: Any) -> str:
+    """Say what to do where a part is not there."""
+    return "Leave out the output (--output)." if isinstance(value, Tensor) else "Choose one of these."
 
 
 def _parts(value: Any) -> str:

@@ -144,6 +144,12 @@ def read_optimizer(content: Any, parameters: Mapping[str, Tensor], source: str |
         names = ", ".join(each.key or "(top)" for each in read)
         raise InputError(f"{source} holds several optimizers that match ({names}). Choose one with key={read[0].key!r}.")
     others = tuple(name for name, _ in find_optimizers(content) if name != read[0].key)
+    lacking = [name for name in read[0].left_out if parameters[name].requires_grad]
+    if others and lacking and key is None:
+        raise InputError(
+            f"{source} holds several optimizers ({', '.join((read[0].key, *others))}), and the one that matches does not hold "
+            f"{lacking[0]}, which the model trains: M is read where one optimizer holds all that is trained."
+        )
     return replace(read[0], others=others)
 
 

@@ -110,7 +110,8 @@ def make_probe(
         raise InputError("The model has no parameters, so it has no tangent kernel. Give the model that was trained.")
     device = first.device
     inputs = to_device(inputs, device)
-    outputs = _first_outputs("probe", model, inputs, forward_fn)
+    outputs, shape = _first_outputs("probe", model, inputs, forward_fn)
+    _check_one_row_per_example(loss, targets, shape)
     bound = bind_loss(loss, targets.cpu(), outputs.cpu())
     if clean_targets is not None and clean_targets.shape != targets.shape:
         raise InputError(f"`clean_targets` must have the targets' shape {tuple(targets.shape)}, got {tuple(clean_targets.shape)}.")
@@ -141,11 +142,29 @@ def make_probe(
     )
 
 
-def _first_outputs(name: str, model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> Tensor:
-    """Run the model for the first time: what fails here is the input's fault."""
+def _check_one_row_per_example(loss: str | LossFn | nn.Module, targets: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse classes for a model that answers for many positions: seen as one row, all its scores would be taken for classes."""
+    is_of_classes = (loss == "cross_entropy" or isinstance(loss, nn.CrossEntropyLoss)) and not targets.is_floating_point()
+    if is_of_classes and sum(size > 1 for size in shape[1:]) > 1:
+        raise InputError(
+            f"The model gives outputs of shape {shape}, of which cross-entropy takes one row of class scores per example. Pick or join "
+            "rows with `forward_fn(model, batch)` (--forward SPEC), for example model(batch)[:, -1] for the last position."
+        )
+
+
+def _first_outputs(name: str, model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> tuple[Tensor, tuple[int, ...]]:
+    """Run the model for the first time: what fails here is the input's fault. Gives its rows, and the shape they came in."""
+    shape: tuple[int, ...] = ()
+
+    def seen(module: nn.Module, batch: Any) -> Tensor:
+        nonlocal shape
+        found = module(batch) if forward_fn is None else forward_fn(module, batch)
+        shape = tuple(getattr(found, "shape", ()))
+        return found
+
     try:
         with undisturbed(model), torch.no_grad():
-            outputs = forward_rows(model, inputs, forward_fn)
+            outputs = forward_rows(model, inputs, seen)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -156,7 +175,7 @@ def _first_outputs(name: str, model: nn.Module, inputs: Any, forward_fn: Forward
         ) from error
     if not bool(torch.isfinite(outputs).all()):
         raise InputError(f"The model's outputs on the {name} are not finite. Check inputs and weights for NaN or infinity.")
-    return outputs
+    return outputs, shape
 
 
 def _pair(name: str, value: object) -> tuple[Any, Tensor]:

@@ -7,7 +7,8 @@ is imported; a checkpoint never does.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +46,17 @@ def load_callable(spec: str) -> Any:
     if neighbours not in sys.path:
         sys.path.append(neighbours)
     try:
-        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        with _own_command_line(place):
+            module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except InputError:
         raise
+    except SystemExit as error:
+        raise InputError(
+            f"SPEC {spec!r} could not be imported: {place} ended Python as it was read (sys.exit, or a command line of its own). "
+            "Put what it does as a script under `if __name__ == '__main__':`."
+        ) from error
     except Exception as error:
-        raise InputError(f"SPEC {spec!r} could not be imported: {type(error).__name__}: {error}.") from error
+        raise InputError(f"SPEC {spec!r} could not be imported: {type(error).__name__}: {error}.{_way_out(error, place)}") from error
     if not hasattr(module, name):
         raise InputError(f"SPEC {spec!r}: {place} has no {name!r}. Name a function that it defines.{closest(name, vars(module))}")
     return getattr(module, name)
@@ -178,9 +185,32 @@ def _call(spec: str, arguments: Mapping[str, Any]) -> Any:
     if not callable(function):
         raise InputError(f"SPEC {spec!r} names something of type {type(function).__name__}. Name a function to be called {said}.")
     try:
-        return function(**arguments)
+        with _own_command_line(spec.rpartition(":")[0]):
+            return function(**arguments)
     except (Exception, SystemExit) as error:
         raise InputError(f"SPEC {spec!r} failed when called {said}: {type(error).__name__}: {error}.") from error
+
+
+@contextmanager
+def _own_command_line(place: str) -> Generator[None, None, None]:
+    """Hide our command line from code of the user, whose argparse would read it as its own."""
+    arguments, sys.argv = sys.argv, [place]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+def _way_out(error: Exception, place: str) -> str:
+    """Say what helps where a package was taken for a file, or is not found."""
+    if "no known parent package" in str(error) and place.endswith(".py"):
+        file = Path(place).absolute()
+        root = next(folder for folder in file.parents if not (folder / "__init__.py").is_file())
+        module = ".".join((*file.parent.relative_to(root).parts, file.stem))
+        return f" It is part of a package, so name it as one: with PYTHONPATH={root}, {module}:FUNCTION." if "." in module else ""
+    if isinstance(error, ModuleNotFoundError) and not place.endswith(".py"):
+        return " Install it, or put the folder that holds it on PYTHONPATH."
+    return ""
 
 
 def _module_from_file(path: Path) -> Any:

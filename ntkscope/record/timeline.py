@@ -12,6 +12,7 @@ from ntkscope._display import Displayed
 from ntkscope.record.saved_moment import SavedMoment
 
 HOW = "--times takes one time per file, in the order in which the files are given: the learning rate summed over the steps before it."
+FAR = 10**6  # steps from the first, where momentum has built up
 Same = Callable[[Path, Path], bool]
 
 
@@ -131,16 +132,28 @@ def _silence(moments: Sequence[SavedMoment], silent: Sequence[SavedMoment]) -> s
         for moment in silent
     ]
     more = f" (nor do {len(parts) - 1} more of {len(moments)} files)" if len(parts) > 1 else ""
-    message = f"{parts[0][0]} does not say its {parts[0][1]}{more}, so its optimizer time is unknown. Give --times T1,T2,... . {HOW}"
+    way_out = f"Leave {'them' if len(parts) > 1 else 'it'} out, or give" if len(moments) - len(silent) > 1 else "Give"
+    message = f"{parts[0][0]} does not say its {parts[0][1]}{more}, so its optimizer time is unknown. {way_out} --times T1,T2,... . {HOW}"
     numbers = [_number_in(moment.path) for moment in moments]
     if None in numbers or len(set(numbers)) < len(numbers):
         return message
     rates = {moment.pace.rate for moment in moments if moment.pace is not None}
+    paces = [moment.pace for moment in moments if moment.pace is not None]
+    if all(_counts_epochs(moment.path) for moment in moments):
+        if len(rates) > 1 or not paces:
+            return f"{message} If the numbers in the names are epochs, that sum is over all of their steps."
+        times = ",".join(f"{paces[0].time(FAR, FAR + 1) * (number or 0):g}" for number in numbers)
+        known = f"If the numbers in the names are epochs, and the learning rate was {paces[0].rate:g},"
+        return f"{message} {known} that is {times}, each times the steps of an epoch."
     if len(rates) == 1:
-        paces = [moment.pace for moment in moments if moment.pace is not None]
         times = ",".join(f"{paces[0].time(0, number or 0):g}" for number in numbers)
         return f"{message} If the numbers in the names are steps, and the learning rate was {paces[0].rate:g}, that is --times {times}."
     return f"{message} If the numbers in the names are steps, that is the learning rate times {','.join(map(str, numbers))}."
+
+
+def _counts_epochs(path: Path) -> bool:
+    """Say whether the last number in a file's name is that of an epoch: epoch_3.pt, but not epoch=3-step=300.ckpt."""
+    return re.search(r"ep(och)?[-_=]?\d+\D*$", path.name if path.is_dir() else path.stem, re.IGNORECASE) is not None
 
 
 def _number_in(path: Path) -> int | None:

@@ -166,7 +166,7 @@ def trace_from_state(state: Mapping[str, Any], source: str) -> Trace:
     return trace
 
 
-def load_trace(folder: Path) -> Trace:
+def load_trace(folder: str | Path) -> Trace:
     """Open a trace folder.
 
     Args:
@@ -178,6 +178,7 @@ def load_trace(folder: Path) -> Trace:
     Raises:
         InputError: If the folder is no trace, of another schema, or damaged.
     """
+    folder = Path(folder)
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise InputError(

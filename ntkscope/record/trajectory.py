@@ -73,8 +73,8 @@ def trace_from_checkpoints(
     files = [Path(path) for path in paths]
     if len(files) < 2:
         raise InputError(
-            f"One bare checkpoint is a point, not a trajectory: give two or more of the same run (got {len(files)}), "
-            "or record the run with ntkscope.Recorder."
+            f"One bare checkpoint is a point, not a trajectory: give two or more of the same run (got {len(files)}); or this one with "
+            "--continue 100 (`ntkscope.continue_training`), to analyze what training would learn next from here; or record the run."
         )
     if times is not None and len(times) != len(files):
         raise InputError(f"--times needs one time per checkpoint: {len(files)} files, {len(times)} times.")

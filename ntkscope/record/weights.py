@@ -34,6 +34,7 @@ class Unwrapped(Displayed):
         extra: Names that the file has and the model lacks.
         reshaped: Names whose shape differs, with both shapes.
         recast: Names whose kind of number differs, with both; they are converted when they are loaded.
+        tied: Names that the file lacks because the model holds one tensor under two names; safetensors files have such a tensor once.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Unwrapped(Displayed):
     extra: tuple[str, ...] = ()
     reshaped: dict[str, str] = field(default_factory=dict)
     recast: dict[str, str] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(self.sentences())
@@ -78,17 +80,19 @@ class Unwrapped(Displayed):
         Returns:
             Sentences for people.
         """
-        numbers = sum(value.numel() for value in self.weights.values())
+        numbers = [value.numel() for name, value in self.weights.items() if name not in self.tied]
         where = f"under `{self.key}`" if self.key else "at the top"
-        said = [f"{self.source}: {len(self.weights)} tensors with {numbers:,} numbers, found {where}."]
+        said = [f"{self.source}: {len(numbers)} tensors with {sum(numbers):,} numbers, found {where}."]
         if self.others:
-            said.append(f"There are other weights too: {_listed(self.others)}. Choose with key={self.others[0]!r}.")
+            said.append(f"There are other weights too: {_listed(self.others)}. To take some of these instead, save them alone in a file.")
         if self.prefixes:
             said.append(f"Taken off the names: {', '.join(f'`{prefix}`' for prefix in self.prefixes)}.")
         if self.added:
             said.append(f"Put before the names: `{self.added}`.")
         if self.left_out:
             said.append(f"Left out, being no weights of this model: {_listed(self.left_out)}.")
+        if self.tied:
+            said.append(f"Stored under another name, to which the model ties them: {_listed(self.tied)}.")
         for label, names in (("Missing in the file", self.missing), ("Not in the model", self.extra)):
             if names:
                 said.append(f"{label}: {_listed(names)}.")
@@ -117,7 +121,7 @@ def unwrap(content: Any, source: str | Path, *, model: nn.Module | None = None, 
         The weights, and what was done.
 
     Raises:
-        InputError: If there are none, or it is not clear which.
+        InputError: If there are none, it is not clear which, or what the model ties differs in the file.
         UnsupportedError: If they are not plain dense tensors.
     """
     chosen, others = _choose(find_candidates(content), source, key)
@@ -145,7 +149,9 @@ def unwrap(content: Any, source: str | Path, *, model: nn.Module | None = None, 
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             kind = "quantized" if value.is_quantized else "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
             raise UnsupportedError(f"{source}: the weight {name!r} is {kind}. Save a state_dict of plain dense tensors.")
-    return replace(found, weights=weights, prefixes=prefixes, **_differences(weights, expected, model is not None))
+    tied = _tied(weights, expected, source)
+    weights = weights | tied
+    return replace(found, weights=weights, prefixes=prefixes, tied=tuple(tied), **_differences(weights, expected, model is not None))
 
 
 def check_fit(found: Unwrapped) -> None:
@@ -223,6 +229,25 @@ def _fitted(
     if count:
         return replace(found, added=added), {f"{added}{name}": value for name, value in weights.items()}, prefixes
     return found, weights, prefixes
+
+
+def _tied(weights: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Find what a file leaves out because the model holds it under another name too."""
+    peers: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in expected.items():
+        if value.numel() and not value.is_meta:
+            peers.setdefault((value.device, value.data_ptr(), tuple(value.shape), value.stride()), []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in peers.values():
+        stored = [name for name in names if name in weights]
+        for other in stored[1:]:
+            if not torch.equal(weights[stored[0]], weights[other]):
+                raise InputError(
+                    f"{source}: {stored[0]} and {other} are one tensor in the model, and two different ones in the file. Is --model the "
+                    "model that was trained? Make one that does not tie them."
+                )
+        found |= {name: weights[stored[0]] for name in names if stored and name not in weights}
+    return found
 
 
 def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor], compared: bool) -> dict[str, Any]:

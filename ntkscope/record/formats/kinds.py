@@ -128,10 +128,19 @@ def _folder(path: Path) -> FileKind:
     for name, made in (("saved_model.pb", "TensorFlow"), ("checkpoint", "TensorFlow or Flax"), ("_CHECKPOINT_METADATA", "Orbax (JAX)")):
         if (path / name).is_file():
             raise UnsupportedError(f"{path} is a checkpoint of {made}, which is not read. Convert it to PyTorch, and give its state_dict.")
+    inside = sorted(part for part in path.iterdir() if part.suffix in (".pt", ".pth", ".ckpt") or _holds_model(part))
+    if inside:
+        several = f"{path / '*'}{inside[0].suffix}{'/' * inside[0].is_dir()}"
+        raise InputError(f"{path} is a folder of checkpoints. Give one of them, as {inside[0]}, or several of one run, as {several}")
     raise InputError(
         f"{path} is a folder without manifest.json, so it is no trace; and no checkpoint: it has neither .metadata nor *.safetensors, "
         "*.bin or *.index.json. Give the folder that Recorder(path=...) wrote, a checkpoint file, or a folder of weights."
     )
+
+
+def _holds_model(path: Path) -> bool:
+    """Say whether a folder in a folder looks like a checkpoint."""
+    return path.is_dir() and any((path / name).is_file() for name in (TABLE, "config.json", "model.safetensors", "pytorch_model.bin"))
 
 
 def _zip(archive: Archive) -> FileKind:
