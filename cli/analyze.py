@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
-from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, only_one, open_forward, open_model
+from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, in_precision_of, only_one, open_forward, open_model
 from .notes import notes_shown
 from .options import (
     ALPHAS,
@@ -157,7 +157,8 @@ def analyze(
             check_device(place)
             if network is not None and place.startswith("cuda"):
                 network.to(place)
-            probe, held_out = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
+            given = (None if spec is None else load_data(spec, **trust) for spec in (data, query))
+            probe, held_out = (None if pair is None else (in_precision_of(network, pair[0]), pair[1]) for pair in given)
             if data is not None and query is not None:
                 check_same_classes(data, query)
             is_bare = network is not None or probe is not None

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .failures import failures_reported
-from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, need_model, open_forward, open_model
+from .loading import AllowGlobals, Forward, ModelArgs, Output, Task, UnsafeLoad, in_precision_of, need_model, open_forward, open_model
 from .notes import notes_shown
 from .options import KINDS, completed, parse_kind, parse_size
 
@@ -60,7 +60,7 @@ def check(
             trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
             network = need_model(open_model(model, model_arg, task, [] if path is None else [path]))
             call = open_forward(forward, output, task)
-            inputs, _ = load_data(data, **trust)
+            inputs = in_precision_of(network, load_data(data, **trust)[0])
             if path is not None:
                 load_weights(network, unwrap(load_checkpoint(path, **trust), path, model=network).weights, path)
             stages.begin("checking every parameter")

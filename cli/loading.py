@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,8 +121,11 @@ def open_model(model: str | None, arguments: Sequence[str] | None, task: str | N
     if given:
         raise typer.BadParameter("there is no --model to give it to. Give --model SPEC too.", param_hint="'--model-arg'")
     folder = next((place for path in paths for place in (path, path.parent) if (place / "config.json").is_file()), None)
-    if task is None or folder is None:
+    if task is None:
         return None  # a record needs none
+    if folder is None:
+        logging.getLogger("ntkscope").info("No model was made for --task: there is no config.json beside the weights. Give --model SPEC.")
+        return None
     from ntkscope.integrations.pretrained import model_for_task
 
     return model_for_task(folder, task)
@@ -142,6 +146,33 @@ def need_model(model: "nn.Module | None") -> "nn.Module":
     if model is None:
         raise typer.BadParameter("nothing says how to make the model. Give --model SPEC, or --task NAME and a folder with config.json.")
     return model
+
+
+def in_precision_of(model: "nn.Module | None", inputs: Any) -> Any:
+    """Put inputs into the precision of a model: NumPy's default is another than torch's.
+
+    Args:
+        model: From `open_model`.
+        inputs: A batch.
+
+    Returns:
+        The batch; the same, where there is nothing to do.
+    """
+    from ntkscope._checks import InputTypeError
+    from ntkscope.kernel.batch import batch_tensors, map_batch
+
+    own = None if model is None else next((each.dtype for each in model.parameters() if each.is_floating_point()), None)
+    if own is None:
+        return inputs
+    try:
+        others = {tensor.dtype for tensor in batch_tensors(inputs) if tensor.is_floating_point()} - {own}
+    except InputTypeError:
+        return inputs  # what is no batch is said where it is used
+    if not others:
+        return inputs
+    kinds = ", ".join(str(kind).removeprefix("torch.") for kind in others)
+    logging.getLogger("ntkscope").info("Inputs are converted from %s to %s, as the model is.", kinds, str(own).removeprefix("torch."))
+    return map_batch(lambda tensor: tensor.to(own) if tensor.is_floating_point() else tensor, inputs)
 
 
 def open_forward(forward: str | None, output: str | None, task: str | None) -> "ForwardFn | None":

@@ -13,7 +13,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LOSSES = ("squared", "mse", "cross_entropy")
 OPTIMIZERS = ("sgd", "adamw", "gated")
 GATES = ("soft", "hard", "snr")
-TASKS = ("sequence-classification", "token-classification", "image-classification", "regression")
+TASKS = ("sequence-classification", "image-classification", "regression")
 # Offered by shell completion; more is accepted.
 CUTOFFS = ("half", "fixed:0.9", "rank:10", "energy:0.95", "gap", "rank", "mp", "gd", "risk")
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -116,7 +116,7 @@ def test_m_of_adam_is_not_the_identity(tmp_path):
 
 def test_momentum_that_builds_up_is_in_the_times():
     """The oracle: c_1 = 1, c_t = beta c_{t-1} + (1 - d), one step after another."""
-    for beta, dampening, nesterov in ((0.9, 0.0, False), (0.5, 0.4, False), (0.9, 0.0, True)):
+    for beta, dampening, nesterov in ((0.9, 0.0, False), (0.5, 0.4, False), (0.9, 0.0, True), (1.0, 0.0, False), (1.0, 0.4, True)):
         c, sums = 1.0, [0.0]
         for _ in range(30):
             sums.append(sums[-1] + (1 + beta * c if nesterov else c))

@@ -181,6 +181,26 @@ def test_every_form_of_data_is_the_same(name, folder):
     assert summary_of(run(*common, name, *ON))["loss"] == summary_of(run(*common, "specs.py:data", *ON))["loss"]
 
 
+def test_inputs_take_the_precision_of_the_model(folder):
+    names: dict[str, object] = {}
+    exec(SPEC_FILE, names)
+    inputs, targets = names["data"]()
+    np.savez("double.npz", inputs=inputs.numpy().astype("float64"), targets=targets.numpy())
+    common = ("analyze", "weights.pt", "--model", "specs.py:make", "--output", "1", "--data")
+    found = run(*common, "double.npz", *ON)
+    assert summary_of(found)["loss"] == summary_of(run(*common, "specs.py:data", *ON))["loss"]
+    assert "note: Inputs are converted from float64 to float32, as the model is." in said(found)
+    assert run("check", "weights.pt", "--model", "specs.py:make", "--output", "1", "--data", "double.npz").exit_code == 0
+
+
+def test_whole_numbers_are_values_where_there_is_one_output(folder):
+    (folder / "table.csv").write_text("a,b,target\n" + "\n".join(f"{k},{k * k % 5},{k % 3}" for k in range(8)))
+    (folder / "net.py").write_text("from torch import nn\ndef make(): return nn.Linear(2, 1)\n")
+    torch.save(nn.Linear(2, 1).state_dict(), "line.pt")
+    found = run("analyze", "line.pt", "--model", "net.py:make", "--data", "table.csv", "--loss", "squared", *ON[2:])
+    assert summary_of(found)["num_outputs"] == 8
+
+
 def test_a_folder_of_images(folder):
     values = torch.randint(256, (6, 4, 4), generator=torch.Generator().manual_seed(0))
     for index, value in enumerate(values):
@@ -324,6 +344,9 @@ DATA = ("--data", "specs.py:data")
         ((*MODEL, *DATA, "--task", "regression", *ON), "A task passes inputs by name, got a batch of type Tensor"),
         ((*MODEL, "--data", "gone.csv", *ON), "gone.csv cannot be read as a table"),
         ((*MODEL, "--data", "none", *ON), "none holds no images"),
+        ((*MODEL, "--data", "specs.py", *ON), "specs.py is no form of data that is read. Give .npz, .safetensors"),
+        ((*MODEL, "--data", "gaps.csv", *ON), "gaps.csv, row 3, column 'b': 'nan' is no finite number"),
+        (("--task", "regression", *DATA, *ON), "there is no config.json beside the weights. Give --model SPEC."),
         ((*MODEL, "--data", "targetless.npz", *ON), "with the entries `inputs` and `targets`; it has x, z."),
         ((*MODEL, *DATA, "--loss", "cross_entropy", "--continue", 0), "'--continue'"),
         ((*MODEL, "--loss", "cross_entropy", "--continue", 3), "needs all of `model`, `data` and `loss`"),
@@ -332,6 +355,7 @@ DATA = ("--data", "specs.py:data")
 )
 def test_bad_options_get_one_message(words, message, folder):
     (folder / "none").mkdir()
+    (folder / "gaps.csv").write_text("a,b,c,label\n1,2,3,0\n1,nan,3,1\n")
     np.savez("targetless.npz", x=np.ones(3), z=np.ones(3))
     result = run("analyze", "weights.pt", *words)
     assert message in said(result)

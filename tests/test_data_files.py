@@ -51,7 +51,7 @@ BAD_TABLES = {
     "ragged": ("a,b\n1,2\n1\n", r"row 3 has 1 cells, the head has 2"),
     "no head": ("0.5,1\n2,0\n", r"has numbers in its first row, where the names"),
     "semicolons": ("a;b\n1;2\n", r"separated by commas"),
-    "text": ("a,b\n1,2\nx,3\n", r"row 3, column 'a': 'x' is no number. Encode texts"),
+    "text": ("a,b\n1,2\nx,3\n", r"row 3, column 'a': 'x' is no finite number. Encode texts"),
 }
 
 

@@ -158,6 +158,8 @@ def bind_loss(loss: str | LossFn | nn.Module, targets: Tensor, outputs: Float[Te
         )
     held = targets.to(outputs.device)
     held = held.double() if held.is_floating_point() else held.long()
+    if name in ("squared", "mse") and outputs.shape[1:] == (1,) and held.ndim == 1:
+        held = held.double()  # one output has no classes: whole numbers are values
     if held.is_floating_point() and held.numel() == outputs.numel():
         held = held.reshape(outputs.shape)  # outputs are always seen as (examples, classes), also where the model returns (examples,)
     if name in ("squared", "mse") and held.shape != outputs.shape:

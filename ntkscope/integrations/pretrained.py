@@ -12,7 +12,6 @@ try:
         AutoConfig,
         AutoModelForImageClassification,
         AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
     )
 except ImportError as error:
     raise UnsupportedError(
@@ -21,7 +20,6 @@ except ImportError as error:
 
 MAKERS = {
     "sequence-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
     "regression": AutoModelForSequenceClassification,
 }

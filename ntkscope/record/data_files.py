@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,23 @@ def read_csv(path: Path) -> tuple[Tensor, Tensor]:
     for i, row in enumerate(body):
         for j, k in enumerate(columns):
             try:
-                inputs[i, j] = float(row[k])
+                inputs[i, j] = _finite(row[k])
             except ValueError:
                 raise InputError(
-                    f"{path}, row {i + 2}, column {head[k]!r}: {row[k]!r} is no number. Encode texts as numbers first; "
+                    f"{path}, row {i + 2}, column {head[k]!r}: {row[k]!r} is no finite number. Encode texts and fill gaps first; "
                     f"the target is column {head[target]!r} (name it `target` to choose another)."
                 ) from None
     texts = [row[target].strip() for row in body]
     _say_classes(path, _classes_of(texts))
     return torch.from_numpy(inputs), _targets(texts)
+
+
+def _finite(text: str) -> float:
+    """Read a finite number; ValueError for anything else."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _read_table(path: Path) -> tuple[list[str], list[list[str]], int]:

@@ -14,7 +14,6 @@ from ntkscope._types import ForwardFn
 # What the models of Hugging Face's transformers return for a task; their batches are passed by name.
 TASKS = {
     "sequence-classification": "logits",
-    "token-classification": "logits",
     "image-classification": "logits",
     "regression": "logits",
 }

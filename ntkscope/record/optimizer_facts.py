@@ -43,8 +43,8 @@ def _describe(key: str, state: dict[str, Any], parameters: Mapping[str, Tensor],
         match = match_parameters(groups, [shape_of(entry, place) for entry in entries], parameters, place)
     except (InputError, UnsupportedError) as error:
         return f"{start}. Its M is not read: {error}"
-    frozen = f"; {len(match.left_out)} parameters are not in it" if match.left_out else ""
-    return f"{start}. Read as {kind}, {len(entries)} entries matched to parameters {match.how}{frozen}."
+    frozen = f"; not in it: {len(match.left_out)} of the model's" if match.left_out else ""
+    return f"{start}. Read as {kind}, its {len(entries)} matched to parameters {match.how}{frozen}."
 
 
 def _short(value: Any) -> str:

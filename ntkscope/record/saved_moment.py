@@ -55,8 +55,11 @@ class Pace(Displayed):
         count, beta = stop - start, self.momentum
         if not beta:
             return self.rate * count
-        limit = (1 - self.dampening) / (1 - beta)
-        total = count * limit + (1 - limit) * (beta**start - beta**stop) / (1 - beta)
+        if beta == 1:
+            total = count + (1 - self.dampening) * (stop * (stop - 1) - start * (start - 1)) / 2
+        else:
+            limit = (1 - self.dampening) / (1 - beta)
+            total = count * limit + (1 - limit) * (beta**start - beta**stop) / (1 - beta)
         return self.rate * (count + beta * total if self.nesterov else total)
 
 

@@ -126,6 +126,10 @@ def load_data(spec: str, *, allow_globals: Sequence[str] = (), unsafe: bool = Fa
         content = _read_npz(path)
     elif path.suffix in (".safetensors", ".pt"):
         content = load_checkpoint(path, allow_globals=allow_globals, unsafe=unsafe)
+    elif path.is_file():
+        raise InputError(
+            f"{spec} is no form of data that is read. Give .npz, .safetensors, .pt, .csv, a folder of images, or file.py:function."
+        )
     else:
         content = _call(spec, {})
     try:
