@@ -242,7 +242,7 @@ def needed_snapshots(rest: Float[Tensor, " entries"], spaced: Float[Tensor, " en
         At least `num_snapshots`; None if no spacing does.
 
     Example:
-        >>> needed_snapshots(torch.tensor([0.1]), torch.tensor([0.6]), num_snapshots=11, limit=0.25)  # x² = 0.25
+        >>> needed_snapshots(torch.tensor([0.125]), torch.tensor([0.5]), num_snapshots=11, limit=0.25)  # x² = 0.25
         21
     """
     square, mixed, constant = float(spaced @ spaced), float(rest @ spaced), float(rest @ rest) - limit**2

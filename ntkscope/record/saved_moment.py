@@ -46,8 +46,8 @@ class Pace(Displayed):
             rate * Σ c_t, with c_1 = 1 and c_t = β c_{t−1} + (1 − d), in closed form; Nesterov rate * Σ (1 + β c_t).
 
         Example:
-            >>> Pace(0.5, momentum=0.9).time(0, 2)  # 0.5 * (1 + 1.9)
-            1.45
+            >>> Pace(0.5, momentum=0.5).time(0, 2)  # 0.5 * (1 + 1.5)
+            1.25
 
         Source:
             theory.md section 2, "Real optimizers".
