@@ -28,6 +28,7 @@ LAYERS = [
     ["saved"],
     ["results"],
     ["tables"],
+    ["conclusions"],
     ["analysis"],
     ["integrations"],
     ["interop"],
