@@ -231,7 +231,7 @@ def test_density_is_saved_summed_up_and_shown(tmp_path):
     loaded = ntkscope.load_analysis(found.save(tmp_path / "out", report=False))
     assert loaded.density == found.density
     assert found.summary()["density"] == dataclasses.asdict(found.density) | {"sentence": found.density.sentence}
-    assert found.density.sentence in verdict(found).sentences
+    assert found.density.sentence in verdict(found.closure, found.density).sentences
     recorded = ntkscope.analyze(recorder)
     assert recorded.density is None
     assert recorded.summary()["density"] is None

@@ -246,7 +246,7 @@ def test_the_first_screen_of_an_analysis(results):
     parsed = check_html(analysis._repr_html_())
     before, _, parts = " ".join(parsed.text).partition("All parts")
     assert findings.headline(analysis) in before
-    assert findings.verdict(analysis).short in before
+    assert findings.verdict(analysis.closure).short in before
     assert "analysis.report(" in before
     assert "analysis.plot.spectrum()" in before
     for warning in analysis.warnings:

@@ -275,6 +275,7 @@ def synthetic_analysis(
             alignment_targets=torch.linspace(0.1, 0.5, len(steps), dtype=torch.float64).where(torch.tensor(has_labels), torch.nan),
         ),
         stability=0.31,
+        density=None,
         regime="not judged",
         regime_reason="the rule compares test motions, and no query set was recorded",
         transfer=transfer,

@@ -43,7 +43,7 @@ def render_comparison(first: AnalysisLike, second: AnalysisLike) -> str:
             "name": style.name,
             "source": analysis.run.source,
             "headline": findings.headline(analysis),
-            "verdict": findings.verdict(analysis),
+            "verdict": findings.verdict(analysis.closure, analysis.density),
             "warnings": [warning for warning in analysis.warnings if not warning.startswith("Not trustworthy")],
         }
         for style, analysis in zip(STYLES, (first, second), strict=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,16 +149,16 @@ def stored(analysis: AnalysisLike) -> list[str]:
     return sentences
 
 
-def verdict(analysis: AnalysisLike) -> Verdict:
+def verdict(closure: Any, density: Any = None) -> Verdict:
     """Judge whether to believe the numbers.
 
     Args:
-        analysis: The result.
+        closure: A `Closure`, or what has its fields.
+        density: A `Density` of bare checkpoints, or what has its fields; None for a recorded run.
 
     Returns:
         The verdict.
     """
-    closure = analysis.closure
     energy = (
         f"Loss decrease: predicted {number(closure.energy_predicted)}, observed {number(closure.energy_observed)}, "
         f"an error of {percent(closure.energy_error)} (limit {100 * ENERGY_LIMIT:.0f}{SPACE}%)."
@@ -166,7 +167,6 @@ def verdict(analysis: AnalysisLike) -> Verdict:
         f"Gradient at the window's end: predicted with an error of {percent(closure.gradient_error)} "
         f"(limit {100 * GRADIENT_LIMIT:.0f}{SPACE}%)."
     )
-    density = getattr(analysis, "density", None)
     sentences = (energy, gradient) if density is None else (energy, gradient, density.sentence)
     if closure.trustworthy:
         return Verdict(True, "Yes: prediction and run agree", sentences, ())

@@ -60,7 +60,7 @@ def analysis_html(analysis: AnalysisLike) -> str:
     Returns:
         A small HTML table; of a real analysis also a closed list of its parts.
     """
-    judged = verdict(analysis)
+    judged = verdict(analysis.closure, analysis.density)
     rows = [
         ("what was found", headline(analysis)),
         ("believe it?", " ".join([f"{judged.short}.", *judged.sentences, *judged.causes])),

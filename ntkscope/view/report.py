@@ -56,7 +56,7 @@ def render_report(analysis: AnalysisLike) -> str:
         headline=findings.headline(analysis),
         learned=findings.learned(analysis),
         stored=findings.stored(analysis),
-        verdict=findings.verdict(analysis),
+        verdict=findings.verdict(analysis.closure, analysis.density),
         reach=evidence.reach(analysis),
         chance=evidence.chance(analysis),
         auroc_sentence=suspicion.auroc_sentence(analysis),

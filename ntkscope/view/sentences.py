@@ -28,7 +28,7 @@ def sentence_of(result: Any) -> str:
 
 def _closure(closure: Any) -> str:
     """Say whether to believe the operators, and likely causes if not."""
-    judged = verdict(SimpleNamespace(closure=closure))
+    judged = verdict(closure)
     return " ".join([f"{judged.short}.", *judged.sentences, *closure.causes])
 
 

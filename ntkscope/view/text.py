@@ -92,7 +92,7 @@ def print_summary(analysis: AnalysisLike, console: Console) -> None:
 
 def _compose(analysis: AnalysisLike, width: int, encoding: str, limits: Limits) -> tuple[list[tuple[str, str]], list[int]]:
     """Set the summary in lines of (text, style), with the positions of the section heads."""
-    judged = verdict(analysis)
+    judged = verdict(analysis.closure, analysis.density)
     run, window = analysis.run, analysis.window
     lines: list[tuple[str, str]] = []
     heads: list[int] = []
