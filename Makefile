@@ -34,6 +34,7 @@ bench: .venv/ready build/minilm/ready
 	$(BIN)/python -m benchmarks.interval_rule
 	$(BIN)/python -m benchmarks.trajectory_accuracy
 	$(BIN)/python -m benchmarks.checkpoint_density
+	$(BIN)/python -m benchmarks.borrowed_precond
 	$(BIN)/python -m benchmarks.kinks
 	$(BIN)/python -m benchmarks.noise_ranking
 	$(BIN)/python -m benchmarks.late_windows
