@@ -53,8 +53,7 @@ def check(
             import ntkscope
             from ntkscope.record.checkpoint import load_checkpoint
             from ntkscope.record.spec import load_data
-            from ntkscope.record.trajectory import load_weights
-            from ntkscope.record.weights import unwrap
+            from ntkscope.record.weights import load_weights, unwrap
 
             stages.begin("loading model and data")
             trust = {"allow_globals": allow_global or (), "unsafe": unsafe_load}
@@ -62,7 +61,10 @@ def check(
             call = open_forward(forward, output, task)
             inputs = in_precision_of(network, load_data(data, **trust)[0])
             if path is not None:
-                load_weights(network, unwrap(load_checkpoint(path, **trust), path, model=network).weights, path)
+                found = unwrap(load_checkpoint(path, **trust), path, model=network)
+                for sentence in found.sentences():
+                    typer.echo(f"note: {sentence}", err=True)
+                load_weights(network, found)
             stages.begin("checking every parameter")
             price, coverage = ntkscope.price_gram(network, inputs, outputs=kind, weighted=weighted, forward_fn=call, max_memory=limit)
 

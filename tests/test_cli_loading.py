@@ -152,6 +152,26 @@ def test_files_import_their_neighbours_and_packages_lie_in_the_working_folder(fo
         assert summary_of(found)["num_params"] == 26
 
 
+def test_a_file_that_several_options_name_runs_once(folder):
+    (folder / "counted.py").write_text(f"print('running')\n{SPEC_FILE}")
+    common = ("--model", "counted.py:make", "--output", "1", "--data", "counted.py:data", "--query", "counted.py:data")
+    found = run("analyze", "weights.pt", *common, *ON)
+    assert summary_of(found)["num_params"] == 26
+    assert found.stderr.count("running") == 1
+    (folder / "broken.py").write_text("raise RuntimeError('once')")
+    for _ in range(2):  # a file that failed is not taken for loaded
+        assert "RuntimeError: once" in said(run("analyze", "weights.pt", "--model", "broken.py:make", "--data", "specs.py:data", *ON))
+
+
+def test_what_was_unwrapped_is_said(folder):
+    torch.save({"net": {f"module.{name}": value for name, value in torch.load("weights.pt").items()}}, "wrapped.pt")
+    common = ("wrapped.pt", "--model", "specs.py:make", "--output", "1", "--data", "specs.py:data")
+    for result in (run("analyze", *common, *ON), run("check", *common)):
+        assert result.exit_code == 0, result.output
+        assert "note: wrapped.pt: 4 tensors with 26 numbers, found under `net`." in said(result)
+        assert "note: Taken off the names: `module.`." in said(result)
+
+
 def test_a_file_named_as_the_package_that_it_imports_does_not_stand_in_its_place(folder, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (folder / "colorsys.py").write_text(f"import colorsys\nassert colorsys.rgb_to_hsv\n{SPEC_FILE}")

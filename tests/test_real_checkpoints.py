@@ -14,8 +14,7 @@ import torch
 
 from ntkscope.record.checkpoint import load_checkpoint
 from ntkscope.record.spec import load_callable, load_model
-from ntkscope.record.trajectory import load_weights
-from ntkscope.record.weights import unwrap
+from ntkscope.record.weights import load_weights, unwrap
 
 pytestmark = pytest.mark.real
 
@@ -83,7 +82,7 @@ def loaded(case):
     """Make the model of a case and give it the stored weights."""
     path, _, spec = command(case, "inspect")[1:]
     model = load_model(spec)
-    load_weights(model, unwrap(load_checkpoint(path), path, model=model).weights, Path(path))
+    load_weights(model, unwrap(load_checkpoint(path), path, model=model))
     return model.eval()
 
 

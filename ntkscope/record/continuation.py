@@ -1,5 +1,6 @@
 """What training would do next from one bare checkpoint: a point is no trajectory, so a short one is made, and recorded as any other run."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from torch.optim import SGD
 from ntkscope._checks import InputError, check_finite
 from ntkscope._types import ForwardFn, LossFn
 from ntkscope.dynamics.interval import factor_interval
-from ntkscope.dynamics.loss import ProbeLoss
+from ntkscope.kernel.capture import undisturbed
 from ntkscope.kernel.gram import ntk_gram
 from ntkscope.kernel.model import forward_rows
 from ntkscope.record.checkpoint import load_checkpoint
+from ntkscope.record.probe import ProbeSet
 from ntkscope.record.recorder import Recorder
 from ntkscope.record.trace import Trace
-from ntkscope.record.trajectory import load_weights
-from ntkscope.record.weights import unwrap
+from ntkscope.record.weights import load_weights, unwrap, weights_put_back
 
+LOGGER = logging.getLogger("ntkscope")
 UNBOUNDED = 1e9  # times the training time
 STEP_SIZE = 0.1  # learning rate * sharpness; a step of plain descent then differs from gradient flow by at most 5 %
 
@@ -68,34 +70,25 @@ def continue_training(
         raise InputError("Training on from a checkpoint needs all of `model`, `data` and `loss` (--model, --data, --loss).")
     if num_steps < 1:
         raise InputError(f"Continuing needs at least one step, got {num_steps}. 100 is usual (--continue 100).")
-    content = load_checkpoint(checkpoint, allow_globals=allow_globals, unsafe=unsafe)
-    own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    modes = {module: module.training for module in model.modules()}
+    found = unwrap(load_checkpoint(checkpoint, allow_globals=allow_globals, unsafe=unsafe), checkpoint, model=model)
+    for sentence in found.sentences():
+        LOGGER.info("%s", sentence)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
-        load_weights(model, unwrap(content, checkpoint, model=model).weights, Path(checkpoint))
-        model.eval()
-        # Recording may take what it takes: the run is made for it, and must not depend on how busy the machine is.
-        recorder = Recorder(model, data, query, loss=loss, forward_fn=forward_fn, max_overhead=UNBOUNDED, max_memory=max_memory)
-        inputs, bound = recorder.probe.inputs, recorder.probe.loss
-        rate = STEP_SIZE / _sharpness(model, inputs, bound, forward_fn, max_memory)
-        optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=rate)
-        recorder.attach(optimizer)
-        for step in range(num_steps):
-            optimizer.zero_grad()
-            outputs = forward_rows(model, inputs, forward_fn)
-            slope = bound.gradient(outputs.detach().cpu())
-            check_finite(f"The loss's gradient at step {step}", slope, "Check the data, or give a smaller number of steps.")
-            outputs.backward(slope.to(outputs))
-            optimizer.step()
-            if progress is not None:
-                progress(step + 1, num_steps)
-        trace = recorder.trace
-        recorder.detach(closing=False)
+        with weights_put_back(model), undisturbed(model):
+            load_weights(model, found)
+            # Recording may take what it takes: the run is made for it, and must not depend on how busy the machine is.
+            recorder = Recorder(model, data, query, loss=loss, forward_fn=forward_fn, max_overhead=UNBOUNDED, max_memory=max_memory)
+            rate = STEP_SIZE / _sharpness(model, recorder.probe, max_memory)
+            optimizer = SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=rate)
+            recorder.attach(optimizer)
+            for step in range(num_steps):
+                _step(model, recorder.probe, optimizer)
+                if progress is not None:
+                    progress(step + 1, num_steps)
+            trace = recorder.trace
+            recorder.detach(closing=False)
     finally:
-        model.load_state_dict(own, strict=False)  # extra states that are no tensors were not touched
-        for module, mode in modes.items():
-            module.training = mode
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
     note = (
@@ -107,12 +100,22 @@ def continue_training(
     return trace
 
 
-def _sharpness(model: nn.Module, inputs: Any, loss: ProbeLoss, forward_fn: ForwardFn | None, max_memory: int | None) -> float:
+def _step(model: nn.Module, probe: ProbeSet, optimizer: SGD) -> None:
+    """Take one step of gradient descent on all examples."""
+    optimizer.zero_grad()
+    outputs = forward_rows(model, probe.inputs, probe.forward_fn)
+    slope = probe.loss.gradient(outputs.detach().cpu())
+    check_finite("The gradient of the loss", slope, "Training diverged: check the data, or give a smaller number of steps.")
+    outputs.backward(slope.to(outputs))
+    optimizer.step()
+
+
+def _sharpness(model: nn.Module, probe: ProbeSet, max_memory: int | None) -> float:
     """Compute the largest eigenvalue of B^½ K B^½, the curvature that limits the learning rate."""
-    kernel = ntk_gram(model, inputs, forward_fn=forward_fn, max_memory=max_memory, distributed=False).matrix
+    kernel = ntk_gram(model, probe.inputs, forward_fn=probe.forward_fn, max_memory=max_memory, distributed=False).matrix
     with torch.no_grad():
-        outputs = forward_rows(model, inputs, forward_fn).cpu()
-    rates = factor_interval(kernel.cpu().double(), loss.hessian_blocks(outputs), 1.0, negative_tolerance=1e-3).rates
+        outputs = forward_rows(model, probe.inputs, probe.forward_fn).cpu()
+    rates = factor_interval(kernel.cpu().double(), probe.loss.hessian_blocks(outputs), 1.0, negative_tolerance=1e-3).rates
     sharpness = float(rates.max()) if len(rates) else 0.0
     if not sharpness > 0:
         raise InputError(

@@ -61,9 +61,8 @@ def describe(optimizer: Optimizer) -> str:
     shown = ("lr", "momentum", "nesterov", "betas", "weight_decay", "gate", "alpha")
     settings = ", ".join(f"{key}={_plain(group[key])}" for key in shown if group.get(key))
     more = f", {len(optimizer.param_groups)} groups" if len(optimizer.param_groups) > 1 else ""
-    is_adamw = type(optimizer) is Adam and group.get(
-        "decoupled_weight_decay"
-    )  # as AdamW is since torch 2.7, and when made again from a file
+    # So is AdamW an Adam since torch 2.7, and when made again from a file.
+    is_adamw = type(optimizer) is Adam and group.get("decoupled_weight_decay")
     return f"{'AdamW' if is_adamw else type(optimizer).__name__}({settings}{more})"
 
 

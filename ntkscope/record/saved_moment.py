@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkscope._checks import InputError, UnsupportedError
 from ntkscope._display import Displayed
@@ -17,6 +17,7 @@ from ntkscope.record.optimizers import describe
 from ntkscope.record.weights import COUNTER, Unwrapped, check_fit, unwrap
 
 LOGGER = logging.getLogger("ntkscope")
+FAR = 10**6  # steps
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Pace(Displayed):
             limit = (1 - self.dampening) / (1 - beta)
             total = count * limit + (1 - limit) * (beta**start - beta**stop) / (1 - beta)
         return self.rate * (count + beta * total if self.nesterov else total)
+
+    @property
+    def settled(self) -> float:
+        """Optimizer time of a step far from the first, where momentum has built up."""
+        return self.time(FAR, FAR + 1)
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,16 @@ class CheckpointReader:
             moments.append(moment)
         return moments
 
-    def weights(self, path: Path) -> dict[str, Tensor]:
+    def weights(self, path: Path) -> Unwrapped:
         """Read a file's weights, named as the model names them.
 
         Args:
             path: The file.
 
         Returns:
-            Tensors by name.
+            The weights, compared with the model.
         """
-        return self._unwrap(self._load(path), path).weights
+        return self._unwrap(self._load(path), path)
 
     def optimizer(self, path: Path) -> StoredOptimizer:
         """Read M at the weights that the model has now: weight decay acts on them.
@@ -163,7 +169,7 @@ class CheckpointReader:
         Returns:
             Whether they are identical.
         """
-        one, other = (self.weights(path) for path in (first, second))
+        one, other = (self.weights(path).weights for path in (first, second))
         return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
     def _load(self, path: Path) -> Any:
@@ -234,8 +240,7 @@ def _pace(groups: Sequence[Mapping[str, Any]]) -> Pace | None:
             # Others have a momentum too, of another kind; only SGD has all three.
             beta, dampening = (_number(group, name) if "nesterov" in group else 0.0 for name in ("momentum", "dampening"))
             paces.append(Pace(float(rate), beta, dampening, bool(group.get("nesterov"))))
-    # Far from the first step, where momentum has built up.
-    return max(paces, key=lambda pace: pace.time(10**6, 10**6 + 1), default=None)
+    return max(paces, key=lambda pace: pace.settled, default=None)
 
 
 def _number(group: Mapping[str, Any], name: str) -> float:

@@ -224,10 +224,17 @@ def _module_from_file(path: Path) -> Any:
         raise InputError(f"No such file: {path}. Give the path of a Python file.{closest(path.name, known)}")
     # Not its own name: a file called as the package that it imports must not stand in its place.
     name = f"_spec_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path.absolute()):
+        return loaded  # --model, --data and --query often name one file, which may take long or draw random numbers
+    specification = importlib.util.spec_from_file_location(name, path.absolute())
     if specification is None or specification.loader is None:
         raise InputError(f"{path} is no Python file.")
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses and pickling look it up there
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

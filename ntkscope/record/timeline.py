@@ -12,7 +12,6 @@ from ntkscope._display import Displayed
 from ntkscope.record.saved_moment import SavedMoment
 
 HOW = "--times takes one time per file, in the order in which the files are given: the learning rate summed over the steps before it."
-FAR = 10**6  # steps from the first, where momentum has built up
 Same = Callable[[Path, Path], bool]
 
 
@@ -142,7 +141,7 @@ def _silence(moments: Sequence[SavedMoment], silent: Sequence[SavedMoment]) -> s
     if all(_counts_epochs(moment.path) for moment in moments):
         if len(rates) > 1 or not paces:
             return f"{message} If the numbers in the names are epochs, that sum is over all of their steps."
-        times = ",".join(f"{paces[0].time(FAR, FAR + 1) * (number or 0):g}" for number in numbers)
+        times = ",".join(f"{paces[0].settled * (number or 0):g}" for number in numbers)
         known = f"If the numbers in the names are epochs, and the learning rate was {paces[0].rate:g},"
         return f"{message} {known} that is {times}, each times the steps of an epoch."
     if len(rates) == 1:

@@ -22,7 +22,7 @@ from ntkscope.record.probe import ProbeSet, make_probe
 from ntkscope.record.saved_moment import CheckpointReader, SavedMoment
 from ntkscope.record.timeline import Timeline, make_timeline
 from ntkscope.record.trace import Trace
-from ntkscope.record.weights import load_weights
+from ntkscope.record.weights import load_weights, weights_put_back
 
 LISTED = 3  # files named one by one
 PLAIN = (
@@ -81,11 +81,8 @@ def trace_from_checkpoints(
     probe = make_probe(model, data, query, loss=loss, forward_fn=forward_fn, clean_targets=None)
     reader = CheckpointReader(model, allow_globals, unsafe)
     line = make_timeline(reader.survey(files), times, same_weights=reader.has_same_weights)
-    own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    try:
+    with weights_put_back(model):
         return _measured(line, reader, probe, DEFAULT_MEMORY if max_memory is None else max_memory, progress)
-    finally:
-        model.load_state_dict(own, strict=False)
 
 
 def _measured(line: Timeline, reader: CheckpointReader, probe: ProbeSet, budget: int, progress: Callable[[int, int], None] | None) -> Trace:
@@ -97,7 +94,7 @@ def _measured(line: Timeline, reader: CheckpointReader, probe: ProbeSet, budget:
     instrument: Instrument | None = None
     previous: Tensor | None = None
     for position, (moment, time) in enumerate(zip(moments, line.times, strict=True)):
-        load_weights(model, reader.weights(moment.path), moment.path)
+        load_weights(model, reader.weights(moment.path))
         with _naming(moment.path):
             parameters = select_parameters(model, names)  # finite
             if instrument is None:

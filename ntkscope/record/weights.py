@@ -1,5 +1,7 @@
 """The weights of a model inside a checkpoint: where they lie, what was taken off their names, and how they fit a model."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,20 +176,35 @@ def check_fit(found: Unwrapped) -> None:
         )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load weights, saying what does not fit.
+def load_weights(model: nn.Module, found: Unwrapped) -> None:
+    """Load weights that were compared with the model.
 
     Args:
-        model: Any module.
-        weights: Its state dict.
-        path: Where they come from.
+        model: The model.
+        found: From `unwrap`, with this model.
 
     Raises:
         InputError: If entries are missing, extra, or of another shape.
     """
-    expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    check_fit(Unwrapped(str(path), "", (), "", (), (), weights, **_differences(weights, expected, True)))
-    model.load_state_dict(weights, strict=False)  # what may be missing was checked
+    check_fit(found)
+    model.load_state_dict(found.weights, strict=False)  # what may be missing was checked
+
+
+@contextmanager
+def weights_put_back(model: nn.Module) -> Generator[None, None, None]:
+    """Put the weights of a model back when the block ends, however it ends.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Nothing.
+    """
+    own = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)  # extra states that are no tensors are not touched
 
 
 def _choose(candidates: list[Candidate], source: str | Path, key: str | None) -> tuple[Candidate, list[Candidate]]:
