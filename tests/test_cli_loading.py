@@ -390,10 +390,31 @@ def test_bad_check_without_a_model(folder):
     assert "Give --model SPEC, or --task NAME and a folder with config.json." in said(result)
 
 
+def test_many_rows_per_example_are_no_classes(folder):
+    """Flattened, the scores of all positions would be taken for the classes of one."""
+    (folder / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Language(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.words, self.head = nn.Embedding(9, 3), nn.Linear(3, 9)\n"
+        "    def forward(self, x): return self.head(self.words(x))\n"
+        "def make(): return Language()\n"
+        "def last(model, batch): return model(batch)[:, -1]\n"
+        "def data(): return torch.arange(24).reshape(6, 4) % 9, torch.arange(6)\n"
+    )
+    torch.save({"words.weight": torch.rand(9, 3), "head.weight": torch.rand(9, 3), "head.bias": torch.zeros(9)}, "language.pt")
+    common = ("analyze", "language.pt", "--model", "net.py:make", "--data", "net.py:data", *ON)
+    result = run(*common)
+    assert result.exit_code == 2
+    assert "outputs of shape (6, 4, 9), of which cross-entropy takes one row of class scores per example" in said(result)
+    assert "--forward SPEC" in said(result)
+    assert summary_of(run(*common, "--forward", "net.py:last"))["num_classes"] == 9
+
+
 # --- scripts as people have them ----------------------------------------------------------------------------------------------
 
 
-def test_a_script_that_reads_the_command_line_does_not_read_ours(folder):
+def test_a_script_that_reads_the_command_line_does_not_read_ours(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ntkscope", "inspect", "weights.pt", "--model", "train.py:make"])
     (folder / "train.py").write_text(
         "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr', default=0.1)\nprint(parser.parse_args())\n"
         "from specs import make\n"
